@@ -10,6 +10,9 @@ from backend.errors import BackendError
 NO_SLOT = -1
 """Slot of a request that uses no adapter."""
 
+TILE_ROWS = 16
+"""Rows of an SGMV tile: one tensor-core row block. It never varies, so a row's sums never depend on the batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:

@@ -1,0 +1,56 @@
+"""Open a backend by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from backend.errors import BackendError
+from backend.memory import memory_plan
+
+if TYPE_CHECKING:
+    from backend.base import Backend, EngineLimits
+    from backend.geometry import ModelGeometry
+
+KINDS = ("profile", "cuda", "cpu")
+
+
+def open_backend(
+    kind: str,
+    *,
+    geometry: ModelGeometry,
+    limits: EngineLimits,
+    profile: str | None = None,
+    gpu_bytes: int | None = None,
+    seed: int = 0,
+) -> Backend:
+    """The backend `kind`: `profile` replays one, `cuda` and `cpu` execute every step.
+
+    KV blocks follow from the memory model on the profile's or the device's memory, or on `gpu_bytes` where given.
+    """
+    if kind == "profile":
+        return _replay(geometry, limits, profile, gpu_bytes)
+    if kind not in KINDS:
+        raise BackendError(f"backend {kind}: unknown; use one of {', '.join(KINDS)}")
+    import torch
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError("backend cuda: torch sees no CUDA device here; use backend profile or cpu")
+    from backend.live import LiveBackend
+    from backend.measure import device_bytes
+
+    blocks = memory_plan(geometry, limits, gpu_bytes or device_bytes(kind)).num_gpu_blocks
+    return LiveBackend(geometry, limits, blocks, device=kind, seed=seed)
+
+
+def _replay(geometry: ModelGeometry, limits: EngineLimits, profile: str | None, gpu_bytes: int | None) -> Backend:
+    from backend.profile import load_profile
+    from backend.replay import ReplayBackend
+
+    if profile is None:
+        raise BackendError("backend profile: needs the name or folder of a profile (backend.profile)")
+    loaded = load_profile(profile)
+    measured = loaded.meta.get("geometry")
+    if measured != geometry.name:
+        raise BackendError(f"profile {profile}: measured for geometry {measured}, the scenario's model is {geometry.name}")
+    blocks = memory_plan(geometry, limits, gpu_bytes or loaded.gpu_bytes).num_gpu_blocks
+    return ReplayBackend(loaded, geometry, limits, blocks)

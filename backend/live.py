@@ -1,0 +1,171 @@
+"""The live backends: every step and every adapter load is executed and measured, on a CUDA GPU or on the CPU."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from backend.base import AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
+from backend.decoder import Decoder, DeviceInputs
+from backend.errors import BackendError
+from backend.host_store import HostStore
+from backend.step_inputs import Padding, StepInputs, lay_out
+
+if TYPE_CHECKING:
+    from backend.geometry import ModelGeometry
+
+GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8))
+"""Decode batch sizes that get a CUDA graph, as vLLM captures them (`compilation.cudagraph_capture_sizes`)."""
+
+
+def padded_size(batch: int) -> int | None:
+    """The graph size a decode batch is padded to, or None above the largest."""
+    return next((size for size in GRAPH_SIZES if size >= batch), None)
+
+
+class LiveBackend:
+    """Executes steps on `device` with `num_gpu_blocks` KV blocks; `steps_executed` counts them."""
+
+    needs_block_tables = True
+
+    def __init__(
+        self, geometry: ModelGeometry, limits: EngineLimits, num_gpu_blocks: int, *, device: str, seed: int = 0
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError("backend cuda: torch sees no CUDA device here; use backend profile or cpu")
+        self.limits = limits
+        self.num_gpu_blocks = num_gpu_blocks
+        self.device = torch.device(device)
+        self.on_cuda = device == "cuda"
+        dtype = torch.bfloat16 if self.on_cuda else torch.float32
+        self.decoder = Decoder(geometry, limits, num_gpu_blocks, dtype=dtype, device=self.device, seed=seed)
+        self.store = HostStore(self.decoder.bank.layout, dtype, pinned=self.on_cuda, seed=seed)
+        self.steps_executed = 0
+        width = -(-limits.max_model_len // limits.block_size)
+        self._host_tables = torch.zeros((limits.max_num_seqs, width), dtype=torch.int32, pin_memory=self.on_cuda)
+        self._tables = torch.zeros_like(self._host_tables, device=self.device)
+        size = 16 * limits.max_num_batched_tokens + 4096
+        self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
+        self._packed = torch.zeros_like(self._host_packed, device=self.device)
+        self._graphs: dict[Padding, torch.cuda.CUDAGraph] = {}
+        self._warm: set[tuple[bool, bool, bool]] = set()
+
+    def capacity(self) -> Capacity:
+        """The KV blocks and slots that are really allocated."""
+        return Capacity(self.num_gpu_blocks, self.limits.block_size, self.limits.max_loras)
+
+    def stage(self, adapter: AdapterShape) -> LoadTiming:
+        """Read the adapter from disk into (pinned) host memory."""
+        return self.store.stage(adapter)
+
+    def drop(self, adapter_id: int) -> None:
+        """Forget the host copy of an adapter."""
+        self.store.drop(adapter_id)
+
+    def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
+        """Copy a staged adapter into `slot` and wait for it."""
+        packed = self.store.packed(adapter.adapter_id)
+        started = time.perf_counter()
+        self.decoder.bank.write(slot, packed, adapter.rank, 1.0)
+        self._synchronize()
+        return LoadTiming(time.perf_counter() - started, packed.numel() * packed.element_size())
+
+    def execute(self, batch: StepBatch) -> StepTiming:
+        """Run one step; the first use of a graph shape captures it before the clock starts."""
+        if len(batch.block_tables) != len(batch.query_lens):
+            raise BackendError("a live step needs a block table for every request")
+        if self.on_cuda:
+            self._prepare(batch)
+        started = time.perf_counter()
+        inputs = self._lay_out(batch)
+        padding = self._padding(batch, inputs)
+        if padding is not None:
+            inputs = inputs.padded(padding, self.num_gpu_blocks)
+        device_inputs = self._pack(inputs)
+        device_s = self._timed_forward(device_inputs, batch, padding)
+        self.steps_executed += 1
+        return StepTiming(device_s, max(0.0, time.perf_counter() - started - device_s))
+
+    def _lay_out(self, batch: StepBatch) -> StepInputs:
+        tables = self._host_tables.numpy()
+        for row, blocks in enumerate(batch.block_tables):
+            tables[row, : len(blocks)] = blocks
+        return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size)
+
+    def _padding(self, batch: StepBatch, inputs: StepInputs) -> Padding | None:
+        """What a pure decode step is padded to; None where no graph serves it."""
+        if not self.on_cuda or max(batch.query_lens) > 1 or 0 in batch.context_lens or not all(batch.samples):
+            return None
+        size = padded_size(len(batch.query_lens))
+        if size is None:
+            return None
+        tiles = len(inputs.lora_tiles)
+        return Padding(size, 1 << (tiles - 1).bit_length() if tiles else 0, size, size)
+
+    def _pack(self, inputs: StepInputs) -> DeviceInputs:
+        flat = np.concatenate([a.reshape(-1) for a in inputs.arrays()])
+        if len(flat) > len(self._packed):
+            raise BackendError(f"a step of {inputs.rows} rows is more than max_num_batched_tokens allows")
+        self._host_packed.numpy()[: len(flat)] = flat
+        return DeviceInputs.views(inputs, self._packed)
+
+    def _upload(self, rows: int, requests: int, blocks: int) -> None:
+        self._packed[:rows].copy_(self._host_packed[:rows], non_blocking=True)
+        self._tables[:requests, :blocks].copy_(self._host_tables[:requests, :blocks], non_blocking=True)
+
+    def _timed_forward(self, inputs: DeviceInputs, batch: StepBatch, padding: Padding | None) -> float:
+        used = sum(t.numel() for t in (getattr(inputs, name) for name in inputs.__slots__))
+        blocks = max(len(t) for t in batch.block_tables)
+        if not self.on_cuda:
+            started = time.perf_counter()
+            self._upload(used, len(batch.block_tables), blocks)
+            self.decoder.forward(inputs, self._tables)
+            return time.perf_counter() - started
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self._upload(used, len(batch.block_tables), blocks)
+        if padding is None:
+            self.decoder.forward(inputs, self._tables)
+        else:
+            self._graphs[padding].replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
+
+    def _prepare(self, batch: StepBatch) -> None:
+        """Compile kernels and capture the step's graph if this is their first use (not part of any step's time)."""
+        inputs = self._lay_out(batch)
+        padding = self._padding(batch, inputs)
+        kernels = (len(inputs.lora_tiles) > 0, len(inputs.decode_tiles) > 0, len(inputs.prefill_tiles) > 0)
+        if (padding is None and kernels in self._warm) or padding in self._graphs:
+            return
+        if padding is not None:
+            inputs = inputs.padded(padding, self.num_gpu_blocks)
+        device_inputs = self._pack(inputs)
+        self._packed.copy_(self._host_packed)
+        self._tables.copy_(self._host_tables)
+        saved = self.decoder.last_token.clone()
+        self.decoder.forward(device_inputs, self._tables)
+        self._synchronize()
+        if padding is None:
+            self._warm.add(kernels)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self.decoder.forward(device_inputs, self._tables)
+            self._graphs[padding] = graph
+        self.decoder.last_token.copy_(saved)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Release graphs, host memory and files."""
+        self._graphs.clear()
+        self.store.close()

@@ -1,0 +1,224 @@
+"""`multilora measure`: run a grid of steps and loads on a device and write what they took as a profile."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from backend.base import AdapterShape, EngineLimits, StepBatch
+from backend.compositions import Room, decode_grid, prefill_grid, random_steps
+from backend.errors import BackendError
+from backend.features import StepFeatures
+from backend.live import GRAPH_SIZES, LiveBackend
+from backend.memory import memory_plan
+from backend.predictor import Predictor, fit_predictor
+from backend.profile import LoadCurve, Profile
+
+if TYPE_CHECKING:
+    from backend.geometry import ModelGeometry
+
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANKS = (8, 16, 32, 64)
+
+
+def measuring_limits(device: str) -> EngineLimits:
+    """The engine a profile is measured with: slots for every rank, and room for large batches."""
+    if device == "cuda":
+        return EngineLimits(64, max(RANKS), 256, 8192, 16384, 16, 0.9)
+    return EngineLimits(8, max(RANKS), 32, 512, 4096, 16, 0.9)
+
+
+def device_bytes(device: str) -> int:
+    """Memory of the device; the CPU counts as one with 2 GiB, enough for its small geometry."""
+    return int(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 2 << 30
+
+
+def describe_device(device: str) -> dict[str, object]:
+    """What was measured: GPU or CPU, driver, versions, date."""
+    facts: dict[str, object] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        import triton
+
+        facts |= {"gpu": torch.cuda.get_device_name(0), "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+        facts["driver"] = _driver()
+    else:
+        facts["gpu"] = f"none ({platform.machine()} CPU, {torch.get_num_threads()} threads)"
+    return facts
+
+
+def _driver() -> str:
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"
+
+
+def fill_slots(backend: LiveBackend, limits: EngineLimits) -> Room:
+    """Load adapters of every rank into the slots, an equal share each."""
+    slots: dict[int, tuple[int, ...]] = {}
+    share = limits.max_loras // len(RANKS)
+    for i, rank in enumerate(RANKS):
+        slots[rank] = tuple(range(i * share, (i + 1) * share))
+        for slot in slots[rank]:
+            adapter = AdapterShape(slot + 1, rank, ALL_MODULES)
+            backend.stage(adapter)
+            backend.load(adapter, slot)
+            backend.drop(adapter.adapter_id)
+    return Room(limits, backend.num_gpu_blocks, slots)
+
+
+def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
+    """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`."""
+    rows: list[tuple[str, int, int, float]] = []
+    for rank in RANKS:
+        adapter = AdapterShape(10_000 + rank, rank, ALL_MODULES)
+        for i in range(repeats + 1):
+            staged = backend.stage(adapter)
+            loaded = backend.load(adapter, RANKS.index(rank))
+            backend.drop(adapter.adapter_id)
+            if i:
+                rows.append(("stage", rank, staged.nbytes, staged.elapsed_s))
+                rows.append(("load", rank, loaded.nbytes, loaded.elapsed_s))
+    return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
+
+
+def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
+    """Latency and bandwidth through the medians of each rank, both >= 0."""
+    from scipy.optimize import nnls
+
+    medians = loads[loads["kind"] == kind].groupby("nbytes")["elapsed_s"].median()
+    size = medians.index.to_numpy(dtype=float)
+    weight = 1.0 / medians.to_numpy()
+    (latency, per_byte), _ = nnls(np.stack([weight, size * weight], 1) * [1.0, 1e-9], np.ones(len(size)))
+    return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9))
+
+
+def measure_steps(
+    backend: LiveBackend, batches: Iterable[StepBatch], slot_ranks: dict[int, int], kind: str, repeats: int
+) -> pd.DataFrame:
+    """Median device and host seconds of each step over `repeats` runs, with its features; one row a step."""
+    rows: list[dict[str, Any]] = []
+    for batch in tqdm(list(batches), desc=kind, disable=not sys.stderr.isatty(), unit="step"):
+        timings = [backend.execute(batch) for _ in range(repeats + 1)][1:]
+        elapsed = np.array([t.elapsed_s for t in timings])
+        device = float(np.median([t.device_s for t in timings]))
+        rows.append(
+            {
+                "kind": kind,
+                **asdict(StepFeatures.of(batch, slot_ranks)),
+                "device_s": device,
+                "host_s": max(0.0, float(np.median(elapsed)) - device),
+                "elapsed_s": float(np.median(elapsed)),
+                "p10_s": float(np.quantile(elapsed, 0.1)),
+                "p90_s": float(np.quantile(elapsed, 0.9)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
+    """The features back from a table of measured steps."""
+    names = list(StepFeatures.__slots__)
+    return [StepFeatures(**dict(zip(names, row, strict=True))) for row in steps[names].itertuples(index=False, name=None)]
+
+
+def accuracy(predictor: Predictor, steps: pd.DataFrame) -> dict[str, float]:
+    """Relative error of predicted elapsed seconds on `steps`: count, mean absolute (MAPE) and 95th percentile."""
+    predicted = np.array([sum(predictor.predict(f)[:2]) for f in features_of(steps)])
+    error = np.abs(predicted / steps["elapsed_s"].to_numpy() - 1.0)
+    return {"steps": len(steps), "mape": float(error.mean()), "p95": float(np.quantile(error, 0.95))}
+
+
+def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: bool = False) -> Profile:
+    """Measure `geometry` on `device` ("cuda" or "cpu") and write the profile into the new folder `out`.
+
+    `quick` measures a coarse grid. Writes `profile.json`, `steps.parquet`, `loads.parquet`; the folder appears whole.
+    Raises `BackendError` if `out` exists or the device cannot hold the model.
+    """
+    if out.exists():
+        raise BackendError(f"--out {out}: exists already; name a new folder")
+    started = time.perf_counter()
+    limits = measuring_limits(device)
+    gpu_bytes = device_bytes(device)
+    blocks = memory_plan(geometry, limits, gpu_bytes).num_gpu_blocks
+    blocks = blocks if device == "cuda" else min(blocks, 2048)
+    backend = LiveBackend(geometry, limits, blocks, device=device)
+    try:
+        room = fill_slots(backend, limits)
+        ranks = {slot: rank for rank, slots in room.slots_of_rank.items() for slot in slots}
+        repeats = 3 if quick else 5
+        small = quick or device == "cpu"
+        grid = [*decode_grid(room, small), *prefill_grid(room, small)]
+        rng = np.random.default_rng(20261123)
+        measure_steps(backend, list(random_steps(room, 10, rng)), ranks, "warm-up", 1)
+        tables = [measure_steps(backend, grid, ranks, "grid", repeats)]
+        tables.append(measure_steps(backend, random_steps(room, 40 if small else 300, rng), ranks, "random", repeats))
+        tables.append(measure_steps(backend, random_steps(room, 40 if small else 300, rng), ranks, "held_out", repeats))
+        loads = measure_loads(backend, repeats)
+    finally:
+        backend.close()
+    steps = pd.concat(tables, ignore_index=True)
+    profile = profile_from(out.name, geometry, device, gpu_bytes, steps, loads, limits, time.perf_counter() - started)
+    write_profile(profile, steps, loads, out)
+    return profile
+
+
+def profile_from(
+    name: str,
+    geometry: ModelGeometry,
+    device: str,
+    gpu_bytes: int,
+    steps: pd.DataFrame,
+    loads: pd.DataFrame,
+    limits: EngineLimits,
+    measuring_s: float,
+) -> Profile:
+    """Fit a profile to measured tables; rows of kind `held_out` only check it."""
+    fitted = steps[steps["kind"] != "held_out"]
+    predictor = fit_predictor(
+        features_of(fitted),
+        fitted["device_s"].to_numpy(),
+        fitted["host_s"].to_numpy(),
+        GRAPH_SIZES if device == "cuda" else (),
+    )
+    meta = {"geometry": geometry.name, "limits": asdict(limits), "measuring_s": round(measuring_s, 1)}
+    return Profile(
+        name,
+        gpu_bytes,
+        predictor,
+        load_curve(loads, "stage"),
+        load_curve(loads, "load"),
+        accuracy(predictor, steps[steps["kind"] == "held_out"]),
+        {**describe_device(device), **meta},
+    )
+
+
+def write_profile(profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, out: Path) -> None:
+    """Write the profile's folder in one move, so that a broken-off one never looks whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".profile-") as scratch:
+        folder = Path(scratch) / "profile"
+        folder.mkdir()
+        profile.write(folder)
+        steps.to_parquet(folder / "steps.parquet", index=False)
+        loads.to_parquet(folder / "loads.parquet", index=False)
+        folder.rename(out)

@@ -1,0 +1,185 @@
+"""The decoder's small operations as Triton kernels: norm, rotary and KV write, paged attention, SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, width, eps, has_x: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    value = tl.load(residual_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    if has_x:
+        value += tl.load(x_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(residual_ptr + row * width + column, value.to(residual_ptr.dtype.element_ty), mask=mask)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (value * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def add_rms_norm(
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float
+) -> None:
+    """`residual += x` (if given), `out = rms_norm(residual) * weight`; all [T, width]."""
+    width = residual.shape[1]
+    source = residual if x is None else x
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(residual.shape[0],)](
+        source, residual, weight, out, width, eps, has_x=x is not None, BLOCK=block, num_warps=8
+    )
+
+
+@triton.jit
+def _rope_and_cache(
+    qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, kv_slots_ptr, k_ptr, v_ptr,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    half: tl.constexpr = dim // 2
+    d = tl.arange(0, half)
+    position = tl.load(positions_ptr + t)
+    slot = tl.load(kv_slots_ptr + t)
+    if slot < 0:
+        return
+    base = qkv_ptr + t * qkv_stride + head * dim
+    lower = tl.load(base + d).to(tl.float32)
+    upper = tl.load(base + half + d).to(tl.float32)
+    if head < heads + kv_heads:
+        cos = tl.load(cos_sin_ptr + position * dim + d)
+        sin = tl.load(cos_sin_ptr + position * dim + half + d)
+        rotated = lower * cos - upper * sin
+        upper = upper * cos + lower * sin
+        lower = rotated
+    kind = qkv_ptr.dtype.element_ty
+    if head < heads:
+        tl.store(base + d, lower.to(kind))
+        tl.store(base + half + d, upper.to(kind))
+    else:
+        kv_head = (head - heads) % kv_heads
+        cell = ((slot // block_size) * kv_heads + kv_head) * block_size + slot % block_size
+        target = k_ptr
+        if head >= heads + kv_heads:
+            target = v_ptr
+        tl.store(target + cell * dim + d, lower.to(kind))
+        tl.store(target + cell * dim + half + d, upper.to(kind))
+
+
+def rope_and_cache(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    heads: int,
+) -> None:
+    """Rotate q in place and write rotated k and v into their cache cells.
+
+    `qkv` [T, (heads + 2 kv_heads) * dim]; `cos_sin` float32[max_len, dim]; `positions`, `kv_slots` int64[T]
+    (block * block_size + offset; -1 = padding row); caches [blocks, kv_heads, block_size, dim].
+    """
+    _, kv_heads, block_size, dim = k_cache.shape
+    _rope_and_cache[(qkv.shape[0], heads + 2 * kv_heads)](
+        qkv, qkv.stride(0), cos_sin, positions, kv_slots, k_cache, v_cache,
+        heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attention(
+    q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, tiles_ptr, tables_ptr, table_stride, scale,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    request = tl.load(tiles_ptr + tile * 4)
+    if request < 0:
+        return
+    row0 = tl.load(tiles_ptr + tile * 4 + 1)
+    position0 = tl.load(tiles_ptr + tile * 4 + 2)
+    count = tl.load(tiles_ptr + tile * 4 + 3)
+    group: tl.constexpr = heads // kv_heads
+    m = tl.arange(0, BLOCK_Q * GROUP)
+    token = m // GROUP
+    member = m % GROUP
+    live = (token < count) & (member < group)
+    d = tl.arange(0, dim)
+    head = kv_head * group + member
+    q = tl.load(
+        q_ptr + (row0 + token).to(tl.int64)[:, None] * q_stride + head[:, None] * dim + d[None, :],
+        mask=live[:, None],
+        other=0.0,
+    )
+    peak = tl.full((BLOCK_Q * GROUP,), -1.0e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q * GROUP,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_Q * GROUP, dim), dtype=tl.float32)
+    end = position0 + count
+    n = tl.arange(0, BLOCK_N)
+    table = tables_ptr + request.to(tl.int64) * table_stride
+    for start in range(0, end, BLOCK_N):
+        key = start + n
+        block = tl.load(table + key // block_size, mask=key < end, other=0).to(tl.int64)
+        cell = (block * kv_heads + kv_head) * block_size + key % block_size
+        k = tl.load(k_ptr + cell[None, :] * dim + d[:, None], mask=(key < end)[None, :], other=0.0)
+        score = tl.dot(q, k, input_precision="ieee") * (scale * 1.4426950408889634)
+        score = tl.where(key[None, :] <= (position0 + token)[:, None], score, -1.0e30)
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        weight = tl.exp2(score - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weight, 1)
+        v = tl.load(v_ptr + cell[:, None] * dim + d[None, :], mask=(key < end)[:, None], other=0.0)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        peak = new_peak
+    result = acc / total[:, None]
+    target = out_ptr + (row0 + token).to(tl.int64)[:, None] * out_stride + head[:, None] * dim + d[None, :]
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+def attention(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    tiles: torch.Tensor,
+    tables: torch.Tensor,
+    heads: int,
+    tile_queries: int,
+) -> None:
+    """Causal grouped-query attention over paged keys and values.
+
+    `tiles` int32[n, 4]: (request or -1, first row, its position, queries <= tile_queries); `tables` int32[requests, blocks];
+    `out` [T, heads * dim]. Keys of the step itself must be in the cache already.
+    """
+    if tiles.shape[0] == 0:
+        return
+    _, kv_heads, block_size, dim = k_cache.shape
+    group = triton.next_power_of_2(heads // kv_heads)
+    block_q = max(tile_queries, 16 // group)
+    _attention[(tiles.shape[0], kv_heads)](
+        qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), tiles, tables, tables.stride(0), dim**-0.5,
+        heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size,
+        GROUP=group, BLOCK_Q=block_q, BLOCK_N=64, num_warps=8 if block_q * group >= 128 else 4, num_stages=3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    gate = tl.load(x_ptr + row * 2 * width + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * width + width + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_mul(x: torch.Tensor, out: torch.Tensor) -> None:
+    """SwiGLU: `out[T, w] = silu(x[:, :w]) * x[:, w:]`."""
+    width = out.shape[1]
+    _silu_mul[(out.shape[0], triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4)

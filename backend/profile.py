@@ -1,0 +1,88 @@
+"""A profile: cost curves measured on a real device, as a folder of data that replays anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from backend.errors import BackendError
+from backend.predictor import Predictor
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCurve:
+    """Seconds to move an adapter: `latency_s + bytes / bytes_per_s`."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, nbytes: int) -> float:
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one device takes for steps and loads of one geometry, and how well that is known.
+
+    `accuracy`: error of the predictor on held-out random steps (`steps`, `mape`, `p95`); `meta`: GPU, driver,
+    versions, date, geometry name and the limits it was measured under.
+    """
+
+    name: str
+    gpu_bytes: int
+    predictor: Predictor
+    stage: LoadCurve
+    load: LoadCurve
+    accuracy: Mapping[str, float]
+    meta: Mapping[str, object]
+
+    def write(self, folder: Path) -> None:
+        """Write `profile.json` into `folder`."""
+        data = {
+            "format": FORMAT,
+            "name": self.name,
+            "gpu_bytes": self.gpu_bytes,
+            "accuracy": dict(self.accuracy),
+            **self.meta,
+            "stage": {"latency_s": self.stage.latency_s, "bytes_per_s": self.stage.bytes_per_s},
+            "load": {"latency_s": self.load.latency_s, "bytes_per_s": self.load.bytes_per_s},
+            "predictor": self.predictor.to_json(),
+        }
+        (folder / "profile.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the profiles inside the package."""
+    folder = files("backend") / "profiles"
+    return sorted(entry.name for entry in folder.iterdir() if (entry / "profile.json").is_file())
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """A shipped profile by name, or a profile folder. Raises `BackendError` for anything else."""
+    if name_or_path in shipped_profiles():
+        text, where = (files("backend") / "profiles" / name_or_path / "profile.json").read_text(), name_or_path
+    else:
+        path = Path(name_or_path) / "profile.json"
+        if not path.is_file():
+            known = ", ".join(shipped_profiles())
+            raise BackendError(f"profile {name_or_path}: neither a shipped profile ({known}) nor a folder with profile.json")
+        text, where = path.read_text(), str(path)
+    try:
+        data = json.loads(text)
+        if data.pop("format") != FORMAT:
+            raise BackendError(f"{where}: profile format must be {FORMAT}; measure it again")
+        keys = ("name", "gpu_bytes", "accuracy")
+        return Profile(
+            **{k: data.pop(k) for k in keys},
+            stage=LoadCurve(**data.pop("stage")),
+            load=LoadCurve(**data.pop("load")),
+            predictor=Predictor.from_json(data.pop("predictor")),
+            meta=data,
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BackendError(f"{where}: not a profile ({error}); measure it again") from error

@@ -1,0 +1,51 @@
+"""The replay backend: steps and loads take what the profile's curves say; nothing is executed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from backend.base import AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
+from backend.features import StepFeatures
+
+if TYPE_CHECKING:
+    from backend.geometry import ModelGeometry
+    from backend.profile import Profile
+
+
+class ReplayBackend:
+    """Replays `profile` for an engine with `num_gpu_blocks` KV blocks."""
+
+    needs_block_tables = False
+
+    def __init__(self, profile: Profile, geometry: ModelGeometry, limits: EngineLimits, num_gpu_blocks: int) -> None:
+        self.profile = profile
+        self.geometry = geometry
+        self.limits = limits
+        self.num_gpu_blocks = num_gpu_blocks
+        self.slot_ranks: dict[int, int] = {}
+
+    def capacity(self) -> Capacity:
+        """KV blocks by the memory model, slots as configured."""
+        return Capacity(self.num_gpu_blocks, self.limits.block_size, self.limits.max_loras)
+
+    def stage(self, adapter: AdapterShape) -> LoadTiming:
+        """Disk to host, by the measured curve. A file holds all modules' bytes of the adapter's rank."""
+        nbytes = self.geometry.lora_bytes(adapter.rank)
+        return LoadTiming(self.profile.stage.seconds(nbytes), nbytes)
+
+    def drop(self, adapter_id: int) -> None:
+        """Nothing to forget."""
+
+    def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
+        """Host to slot, by the measured curve."""
+        self.slot_ranks[slot] = adapter.rank
+        nbytes = self.geometry.lora_bytes(adapter.rank)
+        return LoadTiming(self.profile.load.seconds(nbytes), nbytes)
+
+    def execute(self, batch: StepBatch) -> StepTiming:
+        """The predicted time of the step."""
+        device_s, host_s, extrapolated = self.profile.predictor.predict(StepFeatures.of(batch, self.slot_ranks))
+        return StepTiming(device_s, host_s, extrapolated)
+
+    def close(self) -> None:
+        """Nothing to release."""

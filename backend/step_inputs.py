@@ -1,0 +1,120 @@
+"""What a live step needs beside weights: a `StepBatch` turned into flat int32 arrays, padded and packed for one copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from backend.base import StepBatch
+from backend.sgmv import Segments
+
+IntArray = npt.NDArray[np.int32]
+
+DECODE_TILE = 4
+PREFILL_TILE = 32
+"""Queries of an attention tile: few for decodes and short chunks, many for long chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Lengths that a captured graph was made for; a step is padded up to them."""
+
+    rows: int
+    lora_tiles: int
+    attention_tiles: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step as int32 arrays over its T rows (token positions to compute) and n requests.
+
+    `token_from[T]`: where the row's token lies among the last sampled ones (a request's first KV block), -1 = prompt;
+    `positions[T]`; `kv_slots[T]`: cell to write (-1 = padding); `row_slots[T]`: adapter slot (-1 = base);
+    `lora_rows[T]`, `lora_tiles[., 3]`: see `sgmv.Segments`; `decode_tiles[., 4]`, `prefill_tiles[., 4]`: attention
+    tiles (request, first row, its position, queries); `sample_rows[S]`, `sample_to[S]`: rows that yield a token, and where it goes.
+    """
+
+    token_from: IntArray
+    positions: IntArray
+    kv_slots: IntArray
+    row_slots: IntArray
+    lora_rows: IntArray
+    lora_tiles: IntArray
+    decode_tiles: IntArray
+    prefill_tiles: IntArray
+    sample_rows: IntArray
+    sample_to: IntArray
+
+    @property
+    def rows(self) -> int:
+        return len(self.positions)
+
+    def padded(self, padding: Padding, nowhere: int) -> StepInputs:
+        """The same step with rows that compute nothing appended; sampled tokens of padding go to `nowhere`."""
+        rows = padding.rows - self.rows
+        return StepInputs(
+            _pad(self.token_from, rows, -1),
+            _pad(self.positions, rows, 0),
+            _pad(self.kv_slots, rows, -1),
+            _pad(self.row_slots, rows, -1),
+            _pad(self.lora_rows, padding.rows - len(self.lora_rows), 0),
+            _pad(self.lora_tiles, padding.lora_tiles - len(self.lora_tiles), -1),
+            _pad(self.decode_tiles, padding.attention_tiles - len(self.decode_tiles), -1),
+            self.prefill_tiles,
+            _pad(self.sample_rows, padding.samples - len(self.sample_rows), 0),
+            _pad(self.sample_to, padding.samples - len(self.sample_to), nowhere),
+        )
+
+    def arrays(self) -> tuple[IntArray, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+def _pad(array: IntArray, count: int, value: int) -> IntArray:
+    if count == 0:
+        return array
+    return np.concatenate([array, np.full((count, *array.shape[1:]), value, dtype=np.int32)])
+
+
+def _attention_tiles(requests: IntArray, starts: IntArray, context: IntArray, query: IntArray, size: int) -> IntArray:
+    """Cut each request's queries into tiles of `size`."""
+    per_request = -(-query // size)
+    which = np.repeat(np.arange(len(query)), per_request)
+    offset = (np.arange(len(which)) - np.repeat(np.cumsum(per_request) - per_request, per_request)) * size
+    count = np.minimum(size, query[which] - offset)
+    return np.stack([requests[which], starts[which] + offset, context[which] + offset, count], 1).astype(np.int32)
+
+
+def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
+    """Lay out `batch`, whose block tables are the rows of `tables` int32[n, blocks]."""
+    query = np.array(batch.query_lens, dtype=np.int32)
+    context = np.array(batch.context_lens, dtype=np.int32)
+    starts = (np.cumsum(query) - query).astype(np.int32)
+    request = np.repeat(np.arange(len(query)), query)
+    position = (context[request] + np.arange(len(request)) - starts[request]).astype(np.int32)
+    kv_slots = tables[request, position // block_size] * block_size + position % block_size
+    row_slots = np.array(batch.slots, dtype=np.int32)[request]
+    segments = Segments.of(row_slots)
+    decode = query <= DECODE_TILE
+    requests = np.arange(len(query), dtype=np.int32)
+    samples = np.array(batch.samples, dtype=bool)
+    first_block = tables[:, 0]
+    token_from = np.where((query == 1) & (context > 0), first_block, -1)[request]
+    tiles = [
+        _attention_tiles(requests[mask], starts[mask], context[mask], query[mask], size)
+        for mask, size in ((decode, DECODE_TILE), (~decode, PREFILL_TILE))
+    ]
+    return StepInputs(
+        token_from.astype(np.int32),
+        position,
+        kv_slots.astype(np.int32),
+        row_slots,
+        _pad(segments.rows, len(request) - len(segments.rows), 0),
+        segments.tiles,
+        tiles[0],
+        tiles[1],
+        (starts + query - 1)[samples].astype(np.int32),
+        first_block[samples].astype(np.int32),
+    )
