@@ -55,7 +55,9 @@ class StepBatch:
     def __post_init__(self) -> None:
         n = len(self.query_lens)
         if not (n == len(self.context_lens) == len(self.slots) == len(self.samples)) or n == 0:
-            raise BackendError("a step batch needs one query_len, context_len, slot and sample flag per request, at least one")
+            raise BackendError(
+                "a step batch needs one query_len, context_len, slot and sample flag per request, at least one"
+            )
         if min(self.query_lens) < 1 or min(self.context_lens) < 0 or min(self.slots) < NO_SLOT:
             raise BackendError("a step batch needs query_lens >= 1, context_lens >= 0, slots >= -1")
 

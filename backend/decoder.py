@@ -6,6 +6,7 @@ The cost of a step does not depend on the weights' values; they are random and n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -61,12 +62,7 @@ class Decoder:
         self.device = device
         self.on_cuda = device.type == "cuda"
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.ops: ModuleType
-        if self.on_cuda:
-            from backend import ops_triton as ops
-        else:
-            from backend import ops_torch as ops
-        self.ops = ops
+        self.ops: ModuleType = import_module("backend.ops_triton" if self.on_cuda else "backend.ops_torch")
         self.dtype = dtype
         self._make_weights()
         self._make_buffers(limits)
@@ -103,7 +99,9 @@ class Decoder:
         self.qkv_bias = [self._random((qkv,), 0.1) for _ in range(g.num_layers)] if g.qkv_bias else []
         self.embedding = self._random((g.vocab_size, g.hidden_size))
         self.lm_head = (
-            self.embedding if g.tie_word_embeddings else self._random((g.vocab_size, g.hidden_size), g.hidden_size**-0.5)
+            self.embedding
+            if g.tie_word_embeddings
+            else self._random((g.vocab_size, g.hidden_size), g.hidden_size**-0.5)
         )
 
     def _make_buffers(self, limits: EngineLimits) -> None:
@@ -112,7 +110,11 @@ class Decoder:
         def rows_of(width: int) -> torch.Tensor:
             return torch.zeros((rows, width), dtype=self.dtype, device=self.device)
 
-        self.residual, self.normed, self.attended = rows_of(g.hidden_size), rows_of(g.hidden_size), rows_of(g.hidden_size)
+        self.residual, self.normed, self.attended = (
+            rows_of(g.hidden_size),
+            rows_of(g.hidden_size),
+            rows_of(g.hidden_size),
+        )
         self.qkv = rows_of((g.num_heads + 2 * g.num_kv_heads) * g.head_dim)
         self.heads_out = rows_of(g.num_heads * g.head_dim)
         self.gate_up, self.activated = rows_of(2 * g.intermediate_size), rows_of(g.intermediate_size)
@@ -120,9 +122,7 @@ class Decoder:
         inverse = g.rope_theta ** -(torch.arange(0, g.head_dim, 2, dtype=torch.float64) / g.head_dim)
         angles = torch.outer(torch.arange(limits.max_model_len, dtype=torch.float64), inverse)
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], -1).float().to(self.device)
-        self.prompt = torch.randint(
-            g.vocab_size, (limits.max_model_len,), generator=self.generator, device=self.device
-        )
+        self.prompt = torch.randint(g.vocab_size, (limits.max_model_len,), generator=self.generator, device=self.device)
         if self.on_cuda:
             from backend.sgmv.kernels import scratch_elements
 

@@ -51,6 +51,8 @@ def _replay(geometry: ModelGeometry, limits: EngineLimits, profile: str | None, 
     loaded = load_profile(profile)
     measured = loaded.meta.get("geometry")
     if measured != geometry.name:
-        raise BackendError(f"profile {profile}: measured for geometry {measured}, the scenario's model is {geometry.name}")
+        raise BackendError(
+            f"profile {profile}: measured for geometry {measured}, the scenario's model is {geometry.name}"
+        )
     blocks = memory_plan(geometry, limits, gpu_bytes or loaded.gpu_bytes).num_gpu_blocks
     return ReplayBackend(loaded, geometry, limits, blocks)

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from backend.errors import BackendError
 
-_ARCHITECTURES = {"LlamaForCausalLM": (False, True), "MistralForCausalLM": (False, True), "Qwen2ForCausalLM": (True, False)}
+_ARCHITECTURES = {
+    "LlamaForCausalLM": (False, True),
+    "MistralForCausalLM": (False, True),
+    "Qwen2ForCausalLM": (True, False),
+}
 """Supported architectures: (q/k/v carry a bias, vLLM allocates LoRA for the embeddings)."""
 
 
@@ -36,7 +40,15 @@ class ModelGeometry:
     dtype_bytes: int = 2
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+        sizes = (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+        )
         for key in sizes:
             if getattr(self, key) < 1:
                 raise BackendError(f"geometry {self.name}: {key} is {getattr(self, key)}, must be >= 1")
@@ -45,7 +57,12 @@ class ModelGeometry:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """The seven linears of a layer, PEFT name -> (in, out)."""
-        h, q, kv, f = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.intermediate_size
+        h, q, kv, f = (
+            self.hidden_size,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+            self.intermediate_size,
+        )
         return {
             "q_proj": (h, q),
             "k_proj": (h, kv),
@@ -87,8 +104,18 @@ SHIPPED: Mapping[str, ModelGeometry] = {
         ModelGeometry("llama-3.1-8b", 4096, 32, 32, 8, 128, 14336, 128256),
         ModelGeometry("llama-3.2-1b", 2048, 16, 32, 8, 64, 8192, 128256, tie_word_embeddings=True),
         ModelGeometry(
-            "qwen2.5-7b", 3584, 28, 28, 4, 128, 18944, 152064,
-            rope_theta=1e6, rms_norm_eps=1e-6, qkv_bias=True, lora_embeddings=False,
+            "qwen2.5-7b",
+            3584,
+            28,
+            28,
+            4,
+            128,
+            18944,
+            152064,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            qkv_bias=True,
+            lora_embeddings=False,
         ),  # fmt: skip
         ModelGeometry("tiny", 256, 2, 4, 2, 64, 512, 1024),
     )
@@ -102,11 +129,15 @@ def load_geometry(name_or_path: str) -> ModelGeometry:
     path = Path(name_or_path)
     if not path.is_file():
         known = ", ".join(SHIPPED)
-        raise BackendError(f"model.geometry {name_or_path}: neither a shipped geometry ({known}) nor a config.json file")
+        raise BackendError(
+            f"model.geometry {name_or_path}: neither a shipped geometry ({known}) nor a config.json file"
+        )
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise BackendError(f"{path}:{error.lineno}: not JSON ({error.msg}); a Hugging Face config.json is wanted") from error
+        raise BackendError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); a Hugging Face config.json is wanted"
+        ) from error
     return from_config(config, path)
 
 

@@ -138,7 +138,9 @@ def measure_steps(
 def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
     """The features back from a table of measured steps."""
     names = list(StepFeatures.__slots__)
-    return [StepFeatures(**dict(zip(names, row, strict=True))) for row in steps[names].itertuples(index=False, name=None)]
+    return [
+        StepFeatures(**dict(zip(names, row, strict=True))) for row in steps[names].itertuples(index=False, name=None)
+    ]
 
 
 def accuracy(predictor: Predictor, steps: pd.DataFrame) -> dict[str, float]:

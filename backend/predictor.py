@@ -99,7 +99,10 @@ class Predictor:
         regimes = {"graph": self.graph, "eager": self.eager}
         return {
             "graph_sizes": list(self.graph_sizes),
-            **{k: None if r is None else {f.name: getattr(r, f.name) for f in fields(Regime)} for k, r in regimes.items()},
+            **{
+                k: None if r is None else {f.name: getattr(r, f.name) for f in fields(Regime)}
+                for k, r in regimes.items()
+            },
         }
 
     @classmethod
@@ -128,7 +131,11 @@ def _nonnegative(matrix: FloatArray, target: FloatArray, weight: FloatArray) -> 
 
 
 def fit_regime(
-    steps: Sequence[StepFeatures], sizes: Sequence[int], device_s: FloatArray, host_s: FloatArray, knots: Sequence[float]
+    steps: Sequence[StepFeatures],
+    sizes: Sequence[int],
+    device_s: FloatArray,
+    host_s: FloatArray,
+    knots: Sequence[float],
 ) -> Regime:
     """Fit one regime to measured steps; relative errors of the whole step weigh alike."""
     ranges = {k: [float(getattr(f, k)) for f in steps] for k in _BOUNDED}
@@ -155,7 +162,11 @@ def fit_predictor(
         rows = sorted({sizes[i] or steps[i].rows for i in chosen if not steps[i].active_adapters})
         knots = [float(r) for r in rows] if in_graph else _thinned(rows)
         regimes[in_graph] = fit_regime(
-            [steps[i] for i in chosen], [sizes[i] or steps[i].rows for i in chosen], device_s[chosen], host_s[chosen], knots
+            [steps[i] for i in chosen],
+            [sizes[i] or steps[i].rows for i in chosen],
+            device_s[chosen],
+            host_s[chosen],
+            knots,
         )
     if False not in regimes:
         raise BackendError("a profile needs measured steps beside pure decodes, to know what prefill costs")

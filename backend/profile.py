@@ -70,7 +70,9 @@ def load_profile(name_or_path: str) -> Profile:
         path = Path(name_or_path) / "profile.json"
         if not path.is_file():
             known = ", ".join(shipped_profiles())
-            raise BackendError(f"profile {name_or_path}: neither a shipped profile ({known}) nor a folder with profile.json")
+            raise BackendError(
+                f"profile {name_or_path}: neither a shipped profile ({known}) nor a folder with profile.json"
+            )
         text, where = path.read_text(), str(path)
     try:
         data = json.loads(text)

@@ -41,7 +41,8 @@ def alone(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> to
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
             parts = [
-                bank.scaling[slot].double() * (bank.b(slot, linear, i).double().T @ (bank.a(slot, linear, i).double() @ x[t].double()))
+                bank.scaling[slot].double()
+                * (bank.b(slot, linear, i).double().T @ (bank.a(slot, linear, i).double() @ x[t].double()))
                 for i in range(linear.slices)
             ]
             out[t] = torch.cat(parts)

@@ -22,12 +22,16 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if self.adapter_id < 1:
-            raise WorkloadError(f"adapter {self.name}: adapter_id is {self.adapter_id}, must be >= 1 (0 is the base model)")
+            raise WorkloadError(
+                f"adapter {self.name}: adapter_id is {self.adapter_id}, must be >= 1 (0 is the base model)"
+            )
         if not (8 <= self.rank <= 256 and self.rank % 8 == 0):
             raise WorkloadError(f"adapter {self.name}: rank is {self.rank}, must be a multiple of 8 from 8 to 256")
         unknown = [m for m in self.target_modules if m not in TARGET_MODULES]
         if unknown or not self.target_modules:
-            raise WorkloadError(f"adapter {self.name}: target_modules {unknown} unknown; use some of {', '.join(TARGET_MODULES)}")
+            raise WorkloadError(
+                f"adapter {self.name}: target_modules {unknown} unknown; use some of {', '.join(TARGET_MODULES)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What happens then: arrivals, scheduler, KV blocks, adapter slots, the clock, and the numbers that come out."""

@@ -1,0 +1,1 @@
+"""Who asks for what, and when: requests, adapters, arrivals, popularity, lengths, traces."""
