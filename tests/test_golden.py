@@ -36,7 +36,7 @@ def modelled(config: dict) -> bool:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_steps_equal_vllm(file: Path) -> None:
-    log = json.loads(gzip.open(file).read())
+    log = json.loads(gzip.decompress(file.read_bytes()))
     if log["kind"] != "schedule" or not modelled(log["config"]) or log["trace"].get("aborts"):
         pytest.skip("uses what this version does not model (priority, prefix cache, async, aborts, …)")
     c = log["config"]

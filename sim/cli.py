@@ -1,0 +1,103 @@
+"""The command line: `multilora run | measure`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backend.errors import BackendError
+from sim.errors import ScenarioError
+from workloads.errors import WorkloadError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs and their flags."""
+    top = argparse.ArgumentParser(prog="multilora", description="Plan multi-LoRA LLM serving on measured costs.")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="simulate a scenario and write a run directory")
+    run.add_argument("scenario", help="a TOML file, or a shipped scenario (demo-servegen, demo-azure)")
+    run.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
+    run.add_argument("--profile", help="a shipped profile or a profile folder, instead of the scenario's")
+    run.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
+    run.add_argument("--out", type=Path, help="the run directory to make (default: a new one under runs/)")
+    measure = verbs.add_parser("measure", help="measure step and load costs on a device and write a profile")
+    measure.add_argument("--geometry", required=True, help="a shipped geometry or a Hugging Face config.json")
+    measure.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    measure.add_argument("--out", type=Path, required=True, help="the profile folder to make")
+    measure.add_argument("--quick", action="store_true", help="a coarse grid, for a first look")
+    return top
+
+
+def _run(args: argparse.Namespace) -> None:
+    from sim.run import run_scenario
+
+    result = run_scenario(
+        args.scenario, backend=args.backend, profile=args.profile, out=args.out, duration_s=args.duration_s
+    )
+    for note in result.notes:
+        print(f"note: {note}")
+    print(table(result.summary))
+    print(result.out)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from backend.geometry import load_geometry
+    from backend.measure import measure_profile
+
+    profile = measure_profile(geometry=load_geometry(args.geometry), device=args.device, out=args.out, quick=args.quick)
+    facts = profile.accuracy
+    print(f"held-out random steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
+    print(args.out)
+
+
+def table(summary: dict[str, object]) -> str:
+    """The short table at the end of a run."""
+
+    def show(key: str, form: str = ".1f") -> str:
+        value = summary.get(key)
+        return "–" if value is None else format(value, form)
+
+    lines = [f"{summary['scenario']} on {summary['backend']}, seed {summary['seed']}"]
+    lines.append(f"{'ms':8}{'mean':>12}{'p50':>12}{'p90':>12}{'p99':>12}")
+    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("E2E", "e2el")):
+        cells = [show(f"{s}_{key}_ms") for s in ("mean", "p50", "p90", "p99")]
+        lines.append(f"{name:8}" + "".join(f"{c:>12}" for c in cells))
+    lines += [
+        (
+            f"requests  {show('completed', 'd')} of {show('requests', 'd')} finished in {show('duration_s')} s simulated,"
+            f" {show('request_throughput', '.2f')} req/s, {show('output_throughput')} output tok/s"
+        ),
+        (
+            f"adapters  hit rate {show('adapter_hit_rate', '.1%')}, loads disk→host {show('adapter_stages', 'd')},"
+            f" host→slot {show('adapter_activations', 'd')}, evictions {show('adapter_evictions', 'd')}"
+        ),
+        (
+            f"KV        {show('num_gpu_blocks', 'd')} blocks, use mean {show('mean_kv_usage', '.1%')}"
+            f" max {show('max_kv_usage', '.1%')}, preemptions {show('preemptions', 'd')}"
+        ),
+        f"steps     {show('steps', 'd')}, executed on a device {show('steps_executed_on_device', 'd')}",
+    ]
+    if "profile_mape" in summary:
+        lines.append(
+            f"profile   {summary['profile_gpu']}: MAPE {show('profile_mape', '.1%')}, p95 {show('profile_p95', '.1%')} on"
+            f" {show('profile_steps', '.0f')} held-out steps; {show('extrapolated_share', '.1%')} of the steps lie"
+            " outside what was measured"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0, or 2 after one sentence on standard error."""
+    args = parser().parse_args(argv)
+    try:
+        {"run": _run, "measure": _measure}[args.verb](args)
+    except (ScenarioError, WorkloadError, BackendError) as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

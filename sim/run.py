@@ -1,0 +1,124 @@
+"""Run a scenario: from a file to tables, summary and a run directory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from backend.base import EngineLimits
+from backend.factory import open_backend
+from backend.geometry import load_geometry
+from sim import run_dir
+from sim.config import EngineConfig
+from sim.engine import simulate
+from sim.metrics import summarise
+from sim.scenario import Scenario, load_scenario
+from sim.tables import RunTables
+from workloads.adapters import TARGET_MODULES, Adapter, Catalogue
+from workloads.build import Workload, build_workload
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its tables, its summary, what to know of it, and where it lies."""
+
+    tables: RunTables
+    summary: dict[str, object]
+    notes: tuple[str, ...]
+    out: Path
+
+
+def limits_of(config: EngineConfig) -> EngineLimits:
+    """The part of the engine's configuration that a backend must know."""
+    return EngineLimits(
+        config.max_loras,
+        config.max_lora_rank,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_model_len,
+        config.block_size,
+        config.gpu_memory_utilization,
+    )
+
+
+def catalogue_of(scenario: Scenario, workload: Workload) -> Catalogue:
+    """The adapters that the workload names, ranks in rotation."""
+    modules = scenario.target_modules or TARGET_MODULES
+    ranks = scenario.ranks
+    names = enumerate(workload.adapter_names, start=1)
+    return Catalogue(tuple(Adapter(i, name, ranks[(i - 1) % len(ranks)], modules) for i, name in names))
+
+
+def run_scenario(
+    scenario: Scenario | str,
+    *,
+    backend: str | None = None,
+    profile: str | None = None,
+    out: Path | None = None,
+    duration_s: float | None = None,
+) -> RunResult:
+    """Simulate `scenario` (a file, a shipped name, or a `Scenario`) and write its run directory.
+
+    `backend`, `profile` and `duration_s` (of arrivals) override the scenario. Raises `ScenarioError`, `WorkloadError`
+    or `BackendError` for bad input; then no run directory is left.
+    """
+    if isinstance(scenario, str):
+        scenario = load_scenario(scenario)
+    workload_table = scenario.workload if duration_s is None else {**scenario.workload, "duration_s": duration_s}
+    scenario = replace(
+        scenario, backend=backend or scenario.backend, profile=profile or scenario.profile, workload=workload_table
+    )
+    target = run_dir.choose(scenario, out)
+    geometry = load_geometry(scenario.geometry)
+    workload = build_workload(
+        scenario.workload, adapter_count=scenario.adapter_count, seed=scenario.seed, base_dir=scenario.base_dir
+    )
+    catalogue = catalogue_of(scenario, workload)
+    gpu_bytes = None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30))
+    opened = open_backend(
+        scenario.backend,
+        geometry=geometry,
+        limits=limits_of(scenario.engine),
+        profile=scenario.profile,
+        gpu_bytes=gpu_bytes,
+        seed=scenario.seed,
+    )
+    try:
+        with tqdm(total=len(workload.requests), unit="req", disable=not sys.stderr.isatty(), delay=2) as bar:
+
+            def advance(_: float, finished: int) -> None:
+                if finished >= 0:
+                    bar.update(finished - bar.n)
+
+            tables = simulate(
+                workload.requests, catalogue, scenario.engine, opened, horizon_s=scenario.horizon_s, on_step=advance
+            )
+        executed = getattr(opened, "steps_executed", 0)
+        blocks = opened.capacity().num_gpu_blocks
+    finally:
+        opened.close()
+    source = scenario.backend if scenario.backend != "profile" else f"profile {scenario.profile}"
+    summary: dict[str, object] = {
+        "scenario": scenario.name,
+        "backend": source,
+        "seed": scenario.seed,
+        "num_gpu_blocks": blocks,
+        "steps_executed_on_device": executed,
+        **summarise(tables),
+        **profile_facts(scenario),
+    }
+    run_dir.write(target, scenario, tables, summary, f"{scenario.name}, {source}, seed {scenario.seed}")
+    return RunResult(tables, summary, workload.notes, target)
+
+
+def profile_facts(scenario: Scenario) -> dict[str, object]:
+    """How good the profile behind the answer is."""
+    if scenario.backend != "profile" or scenario.profile is None:
+        return {}
+    from backend.profile import load_profile
+
+    loaded = load_profile(scenario.profile)
+    return {"profile_gpu": loaded.meta.get("gpu"), **{f"profile_{k}": v for k, v in loaded.accuracy.items()}}

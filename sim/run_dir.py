@@ -1,0 +1,47 @@
+"""A run directory: it appears whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tomli_w
+
+from sim.errors import ScenarioError
+from sim.plots import run_figure
+
+if TYPE_CHECKING:
+    from sim.scenario import Scenario
+    from sim.tables import RunTables
+
+
+def choose(scenario: Scenario, out: Path | None) -> Path:
+    """The directory a run will have: `out`, which must be new, or a fresh one under `runs/`."""
+    if out is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
+        out = Path("runs") / f"{scenario.name}-{stamp}"
+    if out.exists():
+        raise ScenarioError(f"--out {out}: exists already; name a new directory")
+    return out
+
+
+def write(out: Path, scenario: Scenario, tables: RunTables, summary: Mapping[str, object], caption: str) -> None:
+    """Write a run's files beside `out` and move them there in one step."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        (partial / "scenario.toml").write_text(tomli_w.dumps(scenario.resolved()))
+        (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        tables.requests.to_parquet(partial / "requests.parquet", index=False)
+        tables.steps.to_parquet(partial / "steps.parquet", index=False)
+        tables.adapters.to_parquet(partial / "adapters.parquet", index=False)
+        run_figure(tables, caption, partial / "figure.png")
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,160 @@
+"""A scenario: one TOML file that says model, engine, adapters, workload and backend."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+
+from sim.config import EngineConfig
+from sim.errors import ScenarioError
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "model": ("geometry",),
+    "engine": tuple(f.name for f in fields(EngineConfig)),
+    "adapters": ("count", "rank", "ranks", "target_modules"),
+    "workload": (),
+    "backend": ("kind", "profile", "gpu_memory_gib"),
+    "run": ("seed", "horizon_s"),
+}
+"""Tables and their keys; `[workload]` is checked where it is built."""
+
+_WHOLE = {f.name for f in fields(EngineConfig)} - {"gpu_memory_utilization"}
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A checked scenario. `workload` stays a table; paths in it are relative to `base_dir`."""
+
+    name: str
+    geometry: str
+    engine: EngineConfig
+    adapter_count: int | None
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...] | None
+    workload: Mapping[str, object]
+    backend: str
+    profile: str | None
+    gpu_memory_gib: float | None
+    seed: int
+    horizon_s: float | None
+    base_dir: Path
+
+    def resolved(self) -> dict[str, object]:
+        """The scenario with its defaults filled in, as it is written back."""
+        engine = {f.name: getattr(self.engine, f.name) for f in fields(EngineConfig)}
+        engine["max_cpu_loras"] = self.engine.host_loras
+        adapters = {"count": self.adapter_count, "ranks": list(self.ranks), "target_modules": self.target_modules}
+        backend = {"kind": self.backend, "profile": self.profile, "gpu_memory_gib": self.gpu_memory_gib}
+        tables = {
+            "model": {"geometry": self.geometry},
+            "engine": engine,
+            "adapters": adapters,
+            "workload": dict(self.workload),
+            "backend": backend,
+            "run": {"seed": self.seed, "horizon_s": self.horizon_s},
+        }
+        return {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
+
+
+def find(name_or_path: str) -> Path:
+    """A scenario file, or a shipped scenario by name."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = Path(str(files("sim") / "scenarios"))
+    if (shipped / f"{name_or_path}.toml").is_file():
+        return shipped / f"{name_or_path}.toml"
+    known = ", ".join(sorted(f.stem for f in shipped.glob("*.toml")))
+    raise ScenarioError(f"{name_or_path}: no such file, and no shipped scenario ({known})")
+
+
+def load_scenario(name_or_path: str) -> Scenario:
+    """Read and check a scenario. Raises `ScenarioError` with the key, or file and line."""
+    path = find(name_or_path)
+    try:
+        data = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ScenarioError(f"{path}: not TOML: {error}") from error
+    return from_tables(data, path.stem, path.parent)
+
+
+def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenario:
+    """Check the tables of a scenario."""
+    for table, content in data.items():
+        if table not in KEYS or not isinstance(content, dict):
+            raise ScenarioError(f"[{table}]: unknown table; known: {', '.join(KEYS)}")
+        for key in content:
+            if table != "workload" and key not in KEYS[table]:
+                raise ScenarioError(f"{table}.{key}: unknown key; known: {', '.join(KEYS[table])}")
+    get = _Reader(data)
+    if "workload" not in data:
+        raise ScenarioError("[workload] is missing, it says who asks for what")
+    engine = {k: get.number("engine", k, whole=k in _WHOLE) for k in get.table("engine")}
+    modules = get.table("adapters").get("target_modules")
+    if modules is not None and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise ScenarioError(f"adapters.target_modules is {modules!r}, must be a list of texts")
+    seed, horizon = get.number("run", "seed", whole=True), get.number("run", "horizon_s")
+    count = get.number("adapters", "count", whole=True)
+    if (count is not None and count < 1) or (horizon is not None and horizon <= 0):
+        raise ScenarioError(f"adapters.count and run.horizon_s must be > 0; got {count}, {horizon}")
+    return Scenario(
+        name=name,
+        geometry=get.text("model", "geometry") or _missing("model.geometry"),
+        engine=EngineConfig(**engine),  # type: ignore[arg-type]
+        adapter_count=None if count is None else int(count),
+        ranks=_ranks(get.table("adapters")),
+        target_modules=None if modules is None else tuple(modules),
+        workload=get.table("workload"),
+        backend=get.text("backend", "kind") or "profile",
+        profile=get.text("backend", "profile"),
+        gpu_memory_gib=get.number("backend", "gpu_memory_gib"),
+        seed=int(seed or 0),
+        horizon_s=horizon,
+        base_dir=base_dir,
+    )
+
+
+def _missing(key: str) -> str:
+    raise ScenarioError(f"{key} is missing")
+
+
+def _ranks(table: Mapping[str, object]) -> tuple[int, ...]:
+    if "rank" in table and "ranks" in table:
+        raise ScenarioError("adapters.rank and adapters.ranks: give one of them")
+    ranks = table.get("ranks", [table.get("rank", 16)])
+    if (
+        not isinstance(ranks, list)
+        or not ranks
+        or not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks)
+    ):
+        raise ScenarioError(f"adapters.ranks is {ranks!r}, must be a list of whole numbers")
+    return tuple(ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Typed reads from the tables; every error names the key."""
+
+    data: Mapping[str, object]
+
+    def table(self, name: str) -> Mapping[str, object]:
+        value = self.data.get(name, {})
+        return value if isinstance(value, dict) else {}
+
+    def number(self, table: str, key: str, *, whole: bool = False) -> float | int | None:
+        value = self.table(table).get(key)
+        if value is None:
+            return None
+        kinds = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ScenarioError(f"{table}.{key} is {value!r}, must be a {'whole ' if whole else ''}number")
+        return value
+
+    def text(self, table: str, key: str) -> str | None:
+        value = self.table(table).get(key)
+        if value is not None and not isinstance(value, str):
+            raise ScenarioError(f"{table}.{key} is {value!r}, must be a text")
+        return value

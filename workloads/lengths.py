@@ -1,0 +1,37 @@
+"""Length distributions of prompts and outputs, in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from workloads.errors import WorkloadError
+
+IntArray = npt.NDArray[np.int64]
+
+
+def fixed(tokens: int, size: int) -> IntArray:
+    """Always `tokens`."""
+    if tokens < 1:
+        raise WorkloadError(f"tokens is {tokens}, must be >= 1")
+    return np.full(size, tokens, dtype=np.int64)
+
+
+def lognormal(median: float, sigma: float, low: int, high: int, size: int, rng: np.random.Generator) -> IntArray:
+    """Log-normal around `median` with log-deviation `sigma`, clipped to [low, high]."""
+    if not (median > 0 and sigma >= 0 and 1 <= low <= high):
+        raise WorkloadError(
+            f"lognormal needs median > 0, sigma >= 0, 1 <= min <= max; got {median}, {sigma}, {low}, {high}"
+        )
+    return np.clip(np.rint(rng.lognormal(np.log(median), sigma, size)), low, high).astype(np.int64)
+
+
+def empirical(histogram: Mapping[int, float], size: int, rng: np.random.Generator) -> IntArray:
+    """Draws from a histogram {tokens: weight}; zero-token bins count as one token."""
+    values = np.maximum(np.array(list(histogram), dtype=np.int64), 1)
+    weights = np.array(list(histogram.values()), dtype=float)
+    if len(values) == 0 or weights.min() < 0 or not weights.sum() > 0:
+        raise WorkloadError("an empirical length needs a histogram with positive weight")
+    return rng.choice(values, size, p=weights / weights.sum())
