@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,20 @@ from backend.step_inputs import Padding, StepInputs, lay_out
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
 
-GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8))
-"""Decode batch sizes that get a CUDA graph, as vLLM captures them (`compilation.cudagraph_capture_sizes`)."""
+GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(320, 513, 64), *range(640, 1025, 128))
+"""Row counts that get a CUDA graph: vLLM's capture sizes to 256 (`compilation.cudagraph_capture_sizes`), coarser above."""
+
+MAX_GRAPHS = 512
+"""Graphs kept; the least recently used one goes first."""
 
 
-def padded_size(batch: int) -> int | None:
-    """The graph size a decode batch is padded to, or None above the largest."""
-    return next((size for size in GRAPH_SIZES if size >= batch), None)
+def padded_size(rows: int) -> int | None:
+    """The graph size a step is padded to, or None above the largest."""
+    return next((size for size in GRAPH_SIZES if size >= rows), None)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 class LiveBackend:
@@ -50,7 +58,7 @@ class LiveBackend:
         size = 16 * limits.max_num_batched_tokens + 4096
         self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
         self._packed = torch.zeros_like(self._host_packed, device=self.device)
-        self._graphs: dict[Padding, torch.cuda.CUDAGraph] = {}
+        self._graphs: OrderedDict[Padding, torch.cuda.CUDAGraph] = OrderedDict()
         self._warm: set[tuple[bool, bool, bool]] = set()
 
     def capacity(self) -> Capacity:
@@ -96,14 +104,16 @@ class LiveBackend:
         return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size)
 
     def _padding(self, batch: StepBatch, inputs: StepInputs) -> Padding | None:
-        """What a pure decode step is padded to; None where no graph serves it."""
-        if not self.on_cuda or max(batch.query_lens) > 1 or 0 in batch.context_lens or not all(batch.samples):
-            return None
-        size = padded_size(len(batch.query_lens))
+        """What a step is padded to; None where no graph serves it (CPU, or too many rows)."""
+        size = padded_size(inputs.rows) if self.on_cuda else None
         if size is None:
             return None
-        tiles = len(inputs.lora_tiles)
-        return Padding(size, 1 << (tiles - 1).bit_length() if tiles else 0, size, size)
+        tiles = _power_of_two(len(inputs.lora_tiles))
+        if max(batch.query_lens) == 1:
+            return Padding(size, tiles, size, 0, size)
+        decodes, prefills = _power_of_two(len(inputs.decode_tiles)), _power_of_two(len(inputs.prefill_tiles))
+        samples = min(_power_of_two(len(inputs.sample_rows)), self.limits.max_num_seqs)
+        return Padding(size, tiles, decodes, prefills, samples)
 
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
         flat = np.concatenate([a.reshape(-1) for a in inputs.arrays()])
@@ -130,6 +140,7 @@ class LiveBackend:
         if padding is None:
             self.decoder.forward(inputs, self._tables)
         else:
+            self._graphs.move_to_end(padding)
             self._graphs[padding].replay()
         end.record()
         end.synchronize()
@@ -158,6 +169,8 @@ class LiveBackend:
             with torch.cuda.graph(graph, pool=pool):
                 self.decoder.forward(device_inputs, self._tables)
             self._graphs[padding] = graph
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
         self.decoder.last_token.copy_(saved)
         self._synchronize()
 

@@ -173,8 +173,8 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
         rng = np.random.default_rng(20261123)
         measure_steps(backend, list(random_steps(room, 10, rng)), ranks, "warm-up", 1)
         tables = [measure_steps(backend, grid, ranks, "grid", repeats)]
-        tables.append(measure_steps(backend, random_steps(room, 40 if small else 300, rng), ranks, "random", repeats))
-        tables.append(measure_steps(backend, random_steps(room, 40 if small else 300, rng), ranks, "held_out", repeats))
+        tables.append(measure_steps(backend, random_steps(room, 40 if small else 240, rng), ranks, "random", repeats))
+        tables.append(measure_steps(backend, random_steps(room, 40 if small else 240, rng), ranks, "held_out", repeats))
         loads = measure_loads(backend, repeats)
     finally:
         backend.close()

@@ -2,7 +2,8 @@
 
 A step costs base (by rows) + attention (by keys read) + LoRA (by adapters, ranks, rows); every term's
 coefficient is >= 0, fitted by non-negative least squares on relative error (Lawson & Hanson; scipy).
-Decode steps replayed as graphs and all other steps are two regimes, fitted apart.
+Pure decodes, mixed steps small enough for a captured graph, and larger steps launched one kernel at a time are
+three regimes, fitted apart.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,52 +76,42 @@ class Regime:
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """Predicts a step's device and host seconds; `graph_sizes` is empty where nothing is replayed as a graph."""
+    """Predicts a step's device and host seconds; `graph_sizes` is empty where nothing is replayed as a graph.
+
+    `regimes`: by name, `decode` and `mixed` (captured) and `eager` (not); the latter is always there.
+    """
 
     graph_sizes: tuple[int, ...]
-    graph: Regime | None
-    eager: Regime
+    regimes: Mapping[str, Regime]
 
-    def _size(self, f: StepFeatures) -> int | None:
-        if not f.decode_only or not self.graph_sizes or f.rows > self.graph_sizes[-1]:
-            return None
-        return self.graph_sizes[bisect_left(self.graph_sizes, f.rows)]
+    def regime(self, f: StepFeatures) -> tuple[str, int]:
+        """A step's regime, and the row count it is executed at."""
+        if not self.graph_sizes or f.rows > self.graph_sizes[-1]:
+            return "eager", f.rows
+        return "decode" if f.decode_only else "mixed", self.graph_sizes[bisect_left(self.graph_sizes, f.rows)]
 
     def predict(self, f: StepFeatures) -> tuple[float, float, bool]:
         """(device_s, host_s, whether the step lies outside the measured range)."""
-        size = self._size(f)
-        regime = self.eager if size is None or self.graph is None else self.graph
-        terms = regime.terms(f, f.rows if regime is self.eager else size or f.rows)
+        name, size = self.regime(f)
+        regime = self.regimes.get(name) or self.regimes["eager"]
+        terms = regime.terms(f, size)
         device = sum(c * t for c, t in zip(regime.device, terms, strict=True))
         host = sum(c * t for c, t in zip(regime.host, terms, strict=True))
         return device, host, not regime.contains(f)
 
     def to_json(self) -> dict[str, object]:
         """Plain data for `profile.json`."""
-        regimes = {"graph": self.graph, "eager": self.eager}
-        return {
-            "graph_sizes": list(self.graph_sizes),
-            **{
-                k: None if r is None else {f.name: getattr(r, f.name) for f in fields(Regime)}
-                for k, r in regimes.items()
-            },
-        }
+        regimes = {k: {f.name: getattr(r, f.name) for f in fields(Regime)} for k, r in self.regimes.items()}
+        return {"graph_sizes": list(self.graph_sizes), "regimes": regimes}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> Predictor:
-        """Read what `to_json` wrote."""
-
-        def regime(value: object) -> Regime | None:
-            if not isinstance(value, dict):
-                return None
-            lists = {k: tuple(value[k]) for k in ("knots", "device", "host")}
-            return Regime(**lists, low=value["low"], high=value["high"])
-
-        eager = regime(data["eager"])
-        sizes = data["graph_sizes"]
-        if eager is None or not isinstance(sizes, list):
-            raise BackendError("profile.json: predictor needs eager and graph_sizes; measure the profile again")
-        return cls(tuple(sizes), regime(data["graph"]), eager)
+    def from_json(cls, data: Mapping[str, Any]) -> Predictor:
+        """Read what `to_json` wrote. Raises KeyError or TypeError for anything else."""
+        regimes = {
+            name: Regime(tuple(r["knots"]), tuple(r["device"]), tuple(r["host"]), r["low"], r["high"])
+            for name, r in data["regimes"].items()
+        }
+        return cls(tuple(data["graph_sizes"]), regimes)
 
 
 def _nonnegative(matrix: FloatArray, target: FloatArray, weight: FloatArray) -> tuple[float, ...]:
@@ -151,26 +143,22 @@ def fit_regime(
 def fit_predictor(
     steps: Sequence[StepFeatures], device_s: FloatArray, host_s: FloatArray, graph_sizes: Sequence[int]
 ) -> Predictor:
-    """Fit both regimes; knots are the measured row counts of the base-only steps."""
-    blank = Predictor(tuple(graph_sizes), None, Regime((), (), (), {}, {}))
-    sizes = [blank._size(f) for f in steps]
-    regimes: dict[bool, Regime] = {}
-    for in_graph in (True, False):
-        chosen = [i for i, size in enumerate(sizes) if (size is not None) == in_graph]
+    """Fit every regime there are steps of; knots are the row counts of its base-only steps."""
+    placing = Predictor(tuple(graph_sizes), {})
+    placed = [placing.regime(f) for f in steps]
+    regimes: dict[str, Regime] = {}
+    for name in ("decode", "mixed", "eager"):
+        chosen = [i for i, (regime, _) in enumerate(placed) if regime == name]
         if not chosen:
             continue
-        rows = sorted({sizes[i] or steps[i].rows for i in chosen if not steps[i].active_adapters})
-        knots = [float(r) for r in rows] if in_graph else _thinned(rows)
-        regimes[in_graph] = fit_regime(
-            [steps[i] for i in chosen],
-            [sizes[i] or steps[i].rows for i in chosen],
-            device_s[chosen],
-            host_s[chosen],
-            knots,
+        rows = sorted({placed[i][1] for i in chosen if not steps[i].active_adapters})
+        knots = [float(r) for r in rows] if name == "decode" else _thinned(rows)
+        regimes[name] = fit_regime(
+            [steps[i] for i in chosen], [placed[i][1] for i in chosen], device_s[chosen], host_s[chosen], knots
         )
-    if False not in regimes:
-        raise BackendError("a profile needs measured steps beside pure decodes, to know what prefill costs")
-    return Predictor(tuple(graph_sizes), regimes.get(True), regimes[False])
+    if "eager" not in regimes:
+        raise BackendError("a profile needs measured steps beyond the captured sizes")
+    return Predictor(tuple(graph_sizes), regimes)
 
 
 def _thinned(rows: Sequence[int]) -> list[float]:

@@ -23,7 +23,8 @@ class Padding:
 
     rows: int
     lora_tiles: int
-    attention_tiles: int
+    decode_tiles: int
+    prefill_tiles: int
     samples: int
 
 
@@ -62,8 +63,8 @@ class StepInputs:
             _pad(self.row_slots, rows, -1),
             _pad(self.lora_rows, padding.rows - len(self.lora_rows), 0),
             _pad(self.lora_tiles, padding.lora_tiles - len(self.lora_tiles), -1),
-            _pad(self.decode_tiles, padding.attention_tiles - len(self.decode_tiles), -1),
-            self.prefill_tiles,
+            _pad(self.decode_tiles, padding.decode_tiles - len(self.decode_tiles), -1),
+            _pad(self.prefill_tiles, padding.prefill_tiles - len(self.prefill_tiles), -1),
             _pad(self.sample_rows, padding.samples - len(self.sample_rows), 0),
             _pad(self.sample_to, padding.samples - len(self.sample_to), nowhere),
         )

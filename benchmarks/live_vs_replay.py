@@ -1,0 +1,92 @@
+"""`python -m benchmarks.live_vs_replay`: a scenario executed step by step on the GPU, and replayed from a profile.
+
+Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from backend.measure import describe_device
+from sim.run import RunResult, run_scenario
+
+KEYS = (
+    "completed",
+    "duration_s",
+    "steps",
+    "request_throughput",
+    "output_throughput",
+    "mean_ttft_ms",
+    "p50_ttft_ms",
+    "p99_ttft_ms",
+    "mean_tpot_ms",
+    "p50_tpot_ms",
+    "p99_tpot_ms",
+    "mean_e2el_ms",
+    "adapter_hit_rate",
+    "adapter_activations",
+    "load_share",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("scenarios", nargs="*", default=["demo-azure", "demo-servegen"])
+    flags.add_argument("--profile", required=True, help="a shipped profile or a profile folder")
+    flags.add_argument("--backend", default="cuda", choices=("cuda", "cpu"))
+    flags.add_argument("--duration-s", type=float, default=60.0, help="seconds of arrivals")
+    flags.add_argument("--out", type=Path, help="write the comparison there")
+    flags.add_argument("--keep", type=Path, help="keep the run directories in this folder")
+    return flags
+
+
+def show(name: str, live: RunResult, replay: RunResult) -> dict[str, dict[str, object]]:
+    """Print the two runs beside each other; returns them with their relative difference."""
+    rows: dict[str, dict[str, object]] = {}
+    print(
+        f"\n{name}: {live.summary['steps_executed_on_device']} steps executed, {len(live.tables.steps)} rows in steps.parquet"
+    )
+    for key in KEYS:
+        a, b = live.summary[key], replay.summary[key]
+        ratio = float(b) / float(a) - 1 if isinstance(a, int | float) and isinstance(b, int | float) and a else None
+        rows[key] = {"live": a, "replay": b, "difference": ratio}
+        print(f"{key:22}{a:14.3f}{b:14.3f}" + ("" if ratio is None else f"{ratio:+10.2%}"))
+    return rows
+
+
+def main() -> None:
+    """Run each scenario both ways."""
+    args = parser().parse_args()
+    report: dict[str, object] = {
+        "device": describe_device(args.backend),
+        "duration_s": args.duration_s,
+        "profile": args.profile,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.keep or Path(scratch)
+        for name in args.scenarios:
+            started = time.perf_counter()
+            live = run_scenario(
+                name, backend=args.backend, duration_s=args.duration_s, out=folder / f"{Path(name).stem}-live"
+            )
+            wall_s = time.perf_counter() - started
+            replay = run_scenario(
+                name,
+                backend="profile",
+                profile=args.profile,
+                duration_s=args.duration_s,
+                out=folder / f"{Path(name).stem}-replay",
+            )
+            assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
+            report[Path(name).stem] = {"live_wall_s": wall_s, **show(name, live, replay)}
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
