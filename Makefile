@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel-test clean
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ lint: .venv/.stamp-dev
 
 test: lint
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2
+	$(MAKE) wheel-test
+
+wheel-test: .venv/.stamp-dev
 	$(BIN)/python tests/wheel.py
 
 clean:

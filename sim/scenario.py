@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 
+from backend.geometry import SHIPPED
+from backend.profile import shipped_profiles
 from sim.config import EngineConfig
 from sim.errors import ScenarioError
 
@@ -26,7 +30,7 @@ _WHOLE = {f.name for f in fields(EngineConfig)} - {"gpu_memory_utilization"}
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A checked scenario. `workload` stays a table; paths in it are relative to `base_dir`."""
+    """A checked scenario. `workload` stays a table; its `path` is relative to `base_dir`."""
 
     name: str
     geometry: str
@@ -43,16 +47,19 @@ class Scenario:
     base_dir: Path
 
     def resolved(self) -> dict[str, object]:
-        """The scenario with its defaults filled in, as it is written back."""
+        """The scenario with its defaults filled in, as it is written back: it runs from any directory."""
         engine = {f.name: getattr(self.engine, f.name) for f in fields(EngineConfig)}
         engine["max_cpu_loras"] = self.engine.host_loras
         adapters = {"count": self.adapter_count, "ranks": list(self.ranks), "target_modules": self.target_modules}
         backend = {"kind": self.backend, "profile": self.profile, "gpu_memory_gib": self.gpu_memory_gib}
+        workload = dict(self.workload)
+        if isinstance(path := workload.get("path"), str):
+            workload["path"] = str((self.base_dir / path).resolve())
         tables = {
             "model": {"geometry": self.geometry},
             "engine": engine,
             "adapters": adapters,
-            "workload": dict(self.workload),
+            "workload": workload,
             "backend": backend,
             "run": {"seed": self.seed, "horizon_s": self.horizon_s},
         }
@@ -75,17 +82,21 @@ def load_scenario(name_or_path: str) -> Scenario:
     """Read and check a scenario. Raises `ScenarioError` with the key, or file and line."""
     path = find(name_or_path)
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(f"{path}: not TOML: {error}") from error
+        raise ScenarioError(f"{path}{_line(str(error))}: not TOML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     return from_tables(data, path.stem, path.parent)
 
 
 def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenario:
     """Check the tables of a scenario."""
     for table, content in data.items():
-        if table not in KEYS or not isinstance(content, dict):
+        if table not in KEYS:
             raise ScenarioError(f"[{table}]: unknown table; known: {', '.join(KEYS)}")
+        if not isinstance(content, dict):
+            raise ScenarioError(f"{table} is {content!r}, must be a table: [{table}]")
         for key in content:
             if table != "workload" and key not in KEYS[table]:
                 raise ScenarioError(f"{table}.{key}: unknown key; known: {', '.join(KEYS[table])}")
@@ -96,25 +107,35 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
     modules = get.table("adapters").get("target_modules")
     if modules is not None and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
         raise ScenarioError(f"adapters.target_modules is {modules!r}, must be a list of texts")
-    seed, horizon = get.number("run", "seed", whole=True), get.number("run", "horizon_s")
-    count = get.number("adapters", "count", whole=True)
-    if (count is not None and count < 1) or (horizon is not None and horizon <= 0):
-        raise ScenarioError(f"adapters.count and run.horizon_s must be > 0; got {count}, {horizon}")
+    count = get.number("adapters", "count", whole=True, above=0)
+    geometry, profile = get.text("model", "geometry"), get.text("backend", "profile")
     return Scenario(
         name=name,
-        geometry=get.text("model", "geometry") or _missing("model.geometry"),
+        geometry=_locate(geometry or _missing("model.geometry"), SHIPPED, base_dir),
         engine=EngineConfig(**engine),  # type: ignore[arg-type]
         adapter_count=None if count is None else int(count),
         ranks=_ranks(get.table("adapters")),
         target_modules=None if modules is None else tuple(modules),
         workload=get.table("workload"),
         backend=get.text("backend", "kind") or "profile",
-        profile=get.text("backend", "profile"),
-        gpu_memory_gib=get.number("backend", "gpu_memory_gib"),
-        seed=int(seed or 0),
-        horizon_s=horizon,
+        profile=None if profile is None else _locate(profile, shipped_profiles(), base_dir),
+        gpu_memory_gib=get.number("backend", "gpu_memory_gib", above=0),
+        seed=int(get.number("run", "seed", whole=True, above=-1) or 0),
+        horizon_s=get.number("run", "horizon_s", above=0),
         base_dir=base_dir,
     )
+
+
+def _line(message: str) -> str:
+    """`:LINE` of a TOML error, from its message: the exception has no line number before Python 3.14."""
+    found = re.search(r"at line (\d+)", message)
+    return f":{found[1]}" if found else ""
+
+
+def _locate(name: str, shipped: Collection[str], base_dir: Path) -> str:
+    """A shipped name as it is; a path beside the scenario file made absolute; anything else for its reader to judge."""
+    beside = base_dir / name
+    return str(beside.resolve()) if name not in shipped and beside.exists() else name
 
 
 def _missing(key: str) -> str:
@@ -144,13 +165,18 @@ class _Reader:
         value = self.data.get(name, {})
         return value if isinstance(value, dict) else {}
 
-    def number(self, table: str, key: str, *, whole: bool = False) -> float | int | None:
+    def number(self, table: str, key: str, *, whole: bool = False, above: float | None = None) -> float | int | None:
         value = self.table(table).get(key)
         if value is None:
             return None
         kinds = int if whole else int | float
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ScenarioError(f"{table}.{key} is {value!r}, must be a {'whole ' if whole else ''}number")
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if infinite or (above is not None and value <= above):
+            raise ScenarioError(
+                f"{table}.{key} is {value!r}, must be finite{'' if above is None else f' and > {above}'}"
+            )
         return value
 
     def text(self, table: str, key: str) -> str | None:

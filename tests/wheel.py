@@ -18,7 +18,8 @@ def run(*command: str, cwd: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wheel-") as name:
         place = Path(name)
-        run(sys.executable, "-m", "build", "--wheel", "--outdir", str(place), str(ROOT), cwd=place)
+        # Through a source distribution: a wheel made in the checkout would also pack what an old build/ still holds.
+        run(sys.executable, "-m", "build", "--outdir", str(place), str(ROOT), cwd=place)
         run(sys.executable, "-m", "venv", "venv", cwd=place)
         python = place / "venv" / "bin" / "python"
         wheel = next(place.glob("*.whl"))

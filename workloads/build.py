@@ -113,11 +113,11 @@ def build_workload(data: Mapping[str, object], *, adapter_count: int | None, see
     Paths are relative to `base_dir`. Raises `WorkloadError` naming the key, or file and line.
     """
     kind = data.get("kind")
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise WorkloadError(f"workload.kind is {kind!r}, must be one of {', '.join(KEYS)}")
-    table = _Table(data, "workload", ("kind", *KEYS[str(kind)]))
+    table = _Table(data, "workload", ("kind", *KEYS[kind]))
     rng = np.random.default_rng(seed)
-    maker = {"synthetic": _synthetic, "azure_llm": _azure, "servegen": _servegen, "table": _table}[str(kind)]
+    maker = {"synthetic": _synthetic, "azure_llm": _azure, "servegen": _servegen, "table": _table}[kind]
     workload = maker(table, adapter_count, rng, base_dir)
     if len(workload.requests) == 0:
         raise WorkloadError("workload: no request in the chosen time; lengthen duration_s or raise the rate")

@@ -1,0 +1,111 @@
+"""The run directory: whole or not there, and enough to run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from worlds import WorldBackend
+
+import sim.run
+from sim import run_dir
+from sim.errors import ScenarioError
+from sim.run import RunResult, run_scenario
+
+FILES = {"scenario.toml", "summary.json", "requests.parquet", "steps.parquet", "adapters.parquet", "figure.png"}
+SCENARIO = """
+[model]
+geometry = "tiny"
+[engine]
+max_loras = 2
+max_lora_rank = 16
+max_model_len = 64
+[adapters]
+count = 5
+ranks = [8, 16]
+[workload]
+kind = "synthetic"
+rate_rps = 20.0
+duration_s = 2.0
+prompt = { kind = "fixed", tokens = 12 }
+output = { kind = "fixed", tokens = 6 }
+popularity = { kind = "uniform" }
+[backend]
+kind = "cpu"
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scenario whose backend costs what `WorldBackend` says."""
+    monkeypatch.setattr(sim.run, "open_backend", lambda *_, limits, **__: WorldBackend(40, limits.max_loras))
+    file = tmp_path / "small.toml"
+    file.write_text(SCENARIO)
+    return file
+
+
+def test_a_run_leaves_all_its_files_and_nothing_else(scenario: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    result = run_scenario(scenario, out=out)
+    assert isinstance(result, RunResult)
+    assert result.out == out
+    assert {f.name for f in out.iterdir()} == FILES
+    assert [f.name for f in out.parent.iterdir()] == ["run"]
+    assert json.loads((out / "summary.json").read_text()) == result.summary
+    for name in ("requests", "steps", "adapters"):
+        pd.testing.assert_frame_equal(pd.read_parquet(out / f"{name}.parquet"), getattr(result.tables, name))
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_written_back_scenario_runs_to_the_same_tables(scenario: Path, tmp_path: Path) -> None:
+    """I7, through the files."""
+    first = run_scenario(scenario, out=tmp_path / "a", duration_s=1.0)
+    again = run_scenario(tmp_path / "a" / "scenario.toml", out=tmp_path / "b")
+    for name in ("requests", "steps", "adapters"):
+        assert (tmp_path / "a" / f"{name}.parquet").read_bytes() == (tmp_path / "b" / f"{name}.parquet").read_bytes()
+    assert len(first.tables.requests) == len(again.tables.requests) > 0
+    assert first.tables.requests["arrival_s"].max() < 1.0
+
+
+def test_an_existing_directory_is_left_alone(scenario: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    with pytest.raises(ScenarioError, match="exists already"):
+        run_scenario(scenario, out=tmp_path / "run")
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_simulating(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim.run, "simulate", lambda *_, **__: pytest.fail("simulated first"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ScenarioError, match="no directory that can be written to"):
+        run_scenario(scenario, out=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"), [(OSError("disk full"), ScenarioError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_an_interrupted_write_leaves_nothing(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type[BaseException]
+) -> None:
+    """The figure is the last file: by then all others lie in the partial directory."""
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(run_dir, "run_figure", fail)
+    with pytest.raises(seen):
+        run_scenario(scenario, out=tmp_path / "run")
+    assert [f.name for f in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_what_a_killed_run_left_is_replaced(scenario: Path, tmp_path: Path) -> None:
+    (tmp_path / ".run.partial").mkdir()
+    (tmp_path / ".run.partial" / "old").touch()
+    run_scenario(scenario, out=tmp_path / "run")
+    assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
+    assert not (tmp_path / ".run.partial").exists()
