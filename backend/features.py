@@ -12,8 +12,8 @@ from backend.base import NO_SLOT, TILE_ROWS, StepBatch
 class StepFeatures:
     """A step in numbers.
 
-    `rows`: tokens computed; `requests`; `samples`: requests that yield a token; `kv_tokens`: keys read by requests
-    that compute one token; `max_kv`: the longest of them; `prefill_pairs`: query-key pairs of all other requests;
+    `rows`: tokens computed; `requests`; `samples`: requests that yield a token; `decodes`: requests that
+    compute one token; `kv_tokens`: keys they read; `max_kv`: the longest of them; `prefill_pairs`: query-key pairs of all other requests;
     `lora_rows`, `lora_tiles`, `active_adapters`; `rank_sum`: ranks of the active adapters, added up;
     `row_rank`: rows times their adapter's rank, added up; `decode_only`: every request computes one token.
     """
@@ -21,6 +21,7 @@ class StepFeatures:
     rows: int
     requests: int
     samples: int
+    decodes: int
     kv_tokens: int
     max_kv: int
     prefill_pairs: int
@@ -34,12 +35,13 @@ class StepFeatures:
     @classmethod
     def of(cls, batch: StepBatch, slot_ranks: Mapping[int, int]) -> StepFeatures:
         """Summarise `batch`; `slot_ranks` maps each used slot to the rank of its adapter."""
-        rows = kv_tokens = max_kv = pairs = 0
+        rows = decodes = kv_tokens = max_kv = pairs = 0
         decode_only = True
         per_slot: dict[int, int] = {}
         for query, context, slot in zip(batch.query_lens, batch.context_lens, batch.slots, strict=True):
             rows += query
             if query == 1 and context > 0:
+                decodes += 1
                 kv_tokens += context + 1
                 max_kv = max(max_kv, context + 1)
             else:
@@ -51,6 +53,7 @@ class StepFeatures:
             rows,
             len(batch.query_lens),
             sum(batch.samples),
+            decodes,
             kv_tokens,
             max_kv,
             pairs,

@@ -198,6 +198,10 @@ class LiveBackend:
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        """Release graphs, host memory and files."""
+        """Release graphs, device and host memory, and files; the backend cannot be used after."""
         self._graphs.clear()
         self.store.close()
+        del self.decoder
+        gc.collect()
+        if self.on_cuda:
+            torch.cuda.empty_cache()

@@ -53,12 +53,15 @@ class Regime:
         base = hat(size, self.knots)
         lora = hat(f.lora_rows, self.knots) if f.active_adapters else [0.0] * len(self.knots)
         few = 1.0 if f.requests <= 16 else 0.0
+        # How far the longest context sticks out: its blocks run on after the others' have ended.
+        ragged = f.max_kv - f.kv_tokens / max(1, f.decodes)
         return [
             *base,
             *lora,
             f.kv_tokens,
             f.max_kv * few,
             f.max_kv,
+            ragged,
             f.prefill_pairs,
             f.samples,
             f.requests,

@@ -75,3 +75,16 @@ def test_graph_replay_equals_eager() -> None:
     assert graph_logits.shape == replayed.shape
     assert (replayed.double() - eager.double()).norm() / eager.double().norm() < 2e-2
     backend.close()
+
+
+def test_close_gives_the_memory_back() -> None:
+    from backend.base import EngineLimits, StepBatch
+    from backend.geometry import load_geometry
+    from backend.live import LiveBackend
+
+    before = torch.cuda.memory_allocated()
+    backend = LiveBackend(load_geometry("llama-3.2-1b"), EngineLimits(2, 16, 8, 64, 1024, 16, 0.9), 200, device="cuda")
+    backend.execute(StepBatch((1,), (5,), (-1,), (True,), ((0,),)))
+    assert torch.cuda.memory_allocated() > before + 2e9
+    backend.close()
+    assert torch.cuda.memory_allocated() < before + 1e8
