@@ -99,6 +99,8 @@ def run_scenario(
             tables = simulate(
                 workload.requests, catalogue, scenario.engine, opened, horizon_s=scenario.horizon_s, on_step=advance
             )
+        sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
+        tables.adapters.insert(3, "nbytes", sizes)
         executed = getattr(opened, "steps_executed", 0)
         blocks = opened.capacity().num_gpu_blocks
     finally:

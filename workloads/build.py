@@ -70,10 +70,13 @@ class _Table:
         return kind, _Table(value, where, ("kind", *known[kind]))
 
 
-def _lengths(table: _Table, key: str, size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    kind, sub = table.sub(key, {"fixed": ("tokens",), "lognormal": ("median", "sigma", "min", "max")})
+def _lengths(table: _Table, key: str, size: int, rng: np.random.Generator, base_dir: Path) -> npt.NDArray[np.int64]:
+    kinds = {"fixed": ("tokens",), "lognormal": ("median", "sigma", "min", "max"), "empirical": ("path",)}
+    kind, sub = table.sub(key, kinds)
     if kind == "fixed":
         return lengths.fixed(int(sub.number("tokens")), size)
+    if kind == "empirical":
+        return lengths.empirical(lengths.read_histogram(base_dir / sub.text("path")), size, rng)
     low, high = int(sub.number("min", 1)), int(sub.number("max", 1 << 20))
     return lengths.lognormal(sub.number("median"), sub.number("sigma", above=-1e-12), low, high, size, rng)
 
@@ -124,13 +127,13 @@ def build_workload(data: Mapping[str, object], *, adapter_count: int | None, see
     return workload
 
 
-def _synthetic(table: _Table, count: int | None, rng: np.random.Generator, _: Path) -> Workload:
+def _synthetic(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
     process = table.text("arrival", "poisson")
     if process not in ("poisson", "gamma") or (process == "poisson" and "cv" in table.data):
         raise WorkloadError(f"workload.arrival is {process}, must be poisson (without cv) or gamma (with cv)")
     cv = table.number("cv") if process == "gamma" else 1.0
     times = arrivals.gamma(table.number("rate_rps"), table.number("duration_s"), cv, rng)
-    prompt, output = (_lengths(table, key, len(times), rng) for key in ("prompt", "output"))
+    prompt, output = (_lengths(table, key, len(times), rng, base_dir) for key in ("prompt", "output"))
     adapter = _adapters(table, count, len(times), rng)
     return Workload(RequestTable(times, prompt, output, adapter, np.zeros_like(prompt)), _names(count or 0))
 

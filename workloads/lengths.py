@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -35,3 +37,23 @@ def empirical(histogram: Mapping[int, float], size: int, rng: np.random.Generato
     if len(values) == 0 or weights.min() < 0 or not weights.sum() > 0:
         raise WorkloadError("an empirical length needs a histogram with positive weight")
     return rng.choice(values, size, p=weights / weights.sum())
+
+
+def read_histogram(path: Path) -> dict[int, float]:
+    """A histogram from a CSV with columns `tokens,weight`. Errors name file and line."""
+    if not path.is_file():
+        raise WorkloadError(f"{path}: no such file; want a CSV with columns tokens,weight")
+    histogram: dict[int, float] = {}
+    with path.open(newline="") as file:
+        rows = csv.reader(file)
+        if next(rows, []) != ["tokens", "weight"]:
+            raise WorkloadError(f"{path}:1: columns must be tokens,weight")
+        for line, row in enumerate(rows, start=2):
+            try:
+                tokens, weight = int(row[0]), float(row[1])
+            except (ValueError, IndexError) as error:
+                raise WorkloadError(f"{path}:{line}: {','.join(row)} must be a token count and a weight") from error
+            if tokens < 1 or not weight >= 0:
+                raise WorkloadError(f"{path}:{line}: tokens must be >= 1 and weight >= 0")
+            histogram[tokens] = histogram.get(tokens, 0.0) + weight
+    return histogram

@@ -1,0 +1,126 @@
+"""Trace loaders: the real slices to the digit, and one clear sentence for a bad row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from workloads.build import build_workload
+from workloads.errors import WorkloadError
+from workloads.traces import azure_llm, servegen
+from workloads.traces import table as trace_table
+
+DATA = Path(__file__).parents[1] / "workloads" / "data"
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "traces"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/traces is not here")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["conv", "code"])
+def test_azure_slices(name: str) -> None:
+    key = f"azure_llm_2023/AzureLLMInferenceTrace_{name}.csv"
+    facts = json.loads((SHARED / "expected.json").read_text())[key]
+    arrival, prompt, output = azure_llm.load(SHARED / key)
+    assert len(arrival) == facts["rows"]
+    assert (prompt.sum(), output.sum()) == (facts["sum_context"], facts["sum_generated"])
+    assert (prompt.max(), output.max()) == (facts["max_context"], facts["max_generated"])
+    assert arrival[-1] == pytest.approx(facts["span_s"], abs=1e-6)
+
+
+def test_azure_sample() -> None:
+    arrival, prompt, _ = azure_llm.load(DATA / "azure_conv_sample.csv")
+    assert len(arrival) == 2863
+    assert arrival[0] == 0
+    assert arrival[-1] < 600
+    assert prompt[:2].tolist() == [374, 396]
+
+
+@needs_shared
+def test_servegen_day_has_its_requests() -> None:
+    clients = servegen.load(SHARED / "servegen" / "language" / "m-large")
+    assert len(clients) == 162
+    assert sum(any(w.rate > 0 for w in c.windows) for c in clients) == 101
+    assert sum(not c.lengths for c in clients if any(w.rate > 0 for w in c.windows)) == 15
+    total = sum(w.rate * 600 for c in clients for w in c.windows)
+    assert total == pytest.approx(round(total), abs=1e-3)
+
+
+def test_servegen_draws_each_window_as_often_as_it_says() -> None:
+    clients = servegen.load(DATA / "servegen_m_large")
+    arrival, prompt, output, adapter, notes = servegen.draw(clients, 0.0, 1200.0, 0.01, np.random.default_rng(0))
+    expected = np.array([sum(w.rate * 600 * 0.01 for w in c.windows[:2]) for c in clients])
+    assert np.abs(np.bincount(adapter, minlength=len(clients) + 1)[1:] - expected).max() <= 2
+    assert (np.diff(arrival) >= 0).all()
+    assert 0 <= arrival[0] <= arrival[-1] < 1200
+    assert min(prompt.min(), output.min()) >= 1
+    assert [n.split()[1] for n in notes] == ["73", "120"]
+    one = next(i for i, c in enumerate(clients, start=1) if c.lengths and (adapter == i).sum() > 20)
+    assert set(prompt[adapter == one]) <= {max(1, t) for t in clients[one - 1].lengths[0][1]}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("TIMESTAMP,ContextTokens\n", r"t\.csv:1"),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,4\n2023-11-16 18:15:45.0,3,4",
+            r"t\.csv:3: TIME",
+        ),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,x", r"t\.csv:2"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,0", r"t\.csv:2: token counts"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3", r"t\.csv:2: 2 fields"),
+    ],
+)
+def test_bad_azure_rows(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(WorkloadError, match=says):
+        azure_llm.load(write(tmp_path / "t.csv", text))
+
+
+HEADER = "arrival_s,prompt_tokens,output_tokens,adapter\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arrival_s,prompt_tokens,adapter\n0,1,a\n", r"missing: \['output_tokens'\]"),
+        (HEADER + "1,5,5,a\n0.5,5,5,b\n", r"t\.csv:3: arrival_s is before"),
+        (HEADER + "1,5,5,a\n2,-5,5,b\n", r"t\.csv:3: prompt_tokens is -5"),
+        (HEADER + "1,5,,a\n", r"t\.csv:2: output_tokens"),
+        (HEADER.strip() + ",colour\n1,5,5,a,red\n", "unknown: .*colour"),
+    ],
+)
+def test_bad_table_rows(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(WorkloadError, match=says):
+        trace_table.load(write(tmp_path / "t.csv", text))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_the_table_in_every_format(tmp_path: Path, suffix: str) -> None:
+    frame = pd.DataFrame(
+        {
+            "arrival_s": [0.0, 0.5, 0.5],
+            "prompt_tokens": [3, 4, 5],
+            "output_tokens": [1, 2, 3],
+            "adapter": ["b", None, "a"],
+        }
+    )
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    workload = build_workload({"kind": "table", "path": path.name}, adapter_count=None, seed=0, base_dir=tmp_path)
+    assert workload.adapter_names == ("b", "a")
+    assert workload.requests.adapter.tolist() == [1, 0, 2]
+    assert workload.requests.prompt_tokens.tolist() == [3, 4, 5]
