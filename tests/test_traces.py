@@ -33,7 +33,7 @@ def test_azure_slices(name: str) -> None:
 
 def test_azure_sample() -> None:
     arrival, prompt, _ = azure_llm.load(DATA / "azure_conv_sample.csv")
-    assert len(arrival) == 2863
+    assert len(arrival) == 2867
     assert arrival[0] == 0
     assert arrival[-1] < 600
     assert prompt[:2].tolist() == [374, 396]

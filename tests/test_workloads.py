@@ -96,6 +96,8 @@ def test_a_million_requests_in_seconds() -> None:
     [
         ({"rate": 5}, "workload.rate: unknown key"),
         ({"rate_rps": -3}, "workload.rate_rps is -3"),
+        ({"rate_rps": float("inf")}, "workload.rate_rps is inf"),
+        ({"prompt": {"kind": "fixed", "tokens": 1.9}}, "workload.prompt.tokens is 1.9"),
         ({"rate_rps": True}, "workload.rate_rps is True"),
         ({"kind": "replay"}, "workload.kind is 'replay'"),
         ({"kind": [1]}, "workload.kind is"),

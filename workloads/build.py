@@ -46,13 +46,27 @@ class _Table:
             if key not in known:
                 raise WorkloadError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A finite number above zero (or zero, where that means something); infinite only as a default."""
         value = self.data.get(key, default)
+        want = f"must be a number {'>=' if zero else '>'} 0"
         if value is None:
-            raise WorkloadError(f"{self.where}.{key} is missing, must be a number > {above:g}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
-            raise WorkloadError(f"{self.where}.{key} is {value!r}, must be a number > {above:g}")
-        return float(value)
+            raise WorkloadError(f"{self.where}.{key} is missing, {want}")
+        sound = isinstance(value, int | float) and not isinstance(value, bool)
+        number = float(value) if isinstance(value, int | float) else 0.0
+        finite = number < float("inf") or key not in self.data
+        if not (sound and finite and (number > 0 or (zero and number == 0))):
+            raise WorkloadError(f"{self.where}.{key} is {value!r}, {want}")
+        return number
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least one."""
+        value = self.data.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise WorkloadError(
+                f"{self.where}.{key} is {'missing' if value is None else repr(value)}, must be a whole number >= 1"
+            )
+        return value
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.data.get(key, default)
@@ -74,11 +88,11 @@ def _lengths(table: _Table, key: str, size: int, rng: np.random.Generator, base_
     kinds = {"fixed": ("tokens",), "lognormal": ("median", "sigma", "min", "max"), "empirical": ("path",)}
     kind, sub = table.sub(key, kinds)
     if kind == "fixed":
-        return lengths.fixed(int(sub.number("tokens")), size)
+        return lengths.fixed(sub.whole("tokens"), size)
     if kind == "empirical":
         return lengths.empirical(lengths.read_histogram(base_dir / sub.text("path")), size, rng)
-    low, high = int(sub.number("min", 1)), int(sub.number("max", 1 << 20))
-    return lengths.lognormal(sub.number("median"), sub.number("sigma", above=-1e-12), low, high, size, rng)
+    low, high = sub.whole("min", 1), sub.whole("max", 1 << 20)
+    return lengths.lognormal(sub.number("median"), sub.number("sigma", zero=True), low, high, size, rng)
 
 
 def _adapters(table: _Table, count: int | None, size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -90,9 +104,9 @@ def _adapters(table: _Table, count: int | None, size: int, rng: np.random.Genera
         drawn = popularity.slora_power(count, size, sub.number("alpha"), rng)
     else:
         s = 0.0 if kind == "uniform" else sub.number("s")
-        q = sub.number("q", above=-1e-12) if kind == "zipf_mandelbrot" else 0.0
+        q = sub.number("q", zero=True) if kind == "zipf_mandelbrot" else 0.0
         drawn = popularity.zipf_mandelbrot(count, size, s, q, rng)
-    return popularity.with_base(drawn, table.number("base_share", 0.0, above=-1e-12), rng)
+    return popularity.with_base(drawn, table.number("base_share", 0.0, zero=True), rng)
 
 
 def _source(table: _Table, base_dir: Path) -> Path:
@@ -140,7 +154,7 @@ def _synthetic(table: _Table, count: int | None, rng: np.random.Generator, base_
 
 def _azure(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
     times, prompt, output = azure_llm.load(_source(table, base_dir))
-    times = times / table.number("rate_scale", 1.0) - table.number("start_s", 0.0, above=-1e-12)
+    times = (times - table.number("start_s", 0.0, zero=True)) / table.number("rate_scale", 1.0)
     keep = (times >= 0) & (times < table.number("duration_s", float("inf")))
     times, prompt, output = times[keep], prompt[keep], output[keep]
     adapter = _adapters(table, count, len(times), rng)
@@ -152,7 +166,7 @@ def _servegen(table: _Table, count: int | None, rng: np.random.Generator, base_d
     clients = servegen.load(_source(table, base_dir))
     if count is not None and count != len(clients):
         raise WorkloadError(f"adapters.count is {count}, but the trace has {len(clients)} clients; leave the key out")
-    start, duration = table.number("start_s", 0.0, above=-1e-12), table.number("duration_s")
+    start, duration = table.number("start_s", 0.0, zero=True), table.number("duration_s")
     times, prompt, output, adapter, notes = servegen.draw(
         clients, start, duration, table.number("rate_scale", 1.0), rng
     )

@@ -32,6 +32,8 @@ def load(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], np
                 outputs.append(int(row[2]))
             except ValueError as error:
                 raise WorkloadError(f"{path}:{line}: {error}; want a date-time and two token counts") from error
+            if np.isnat(stamps[-1]):  # numpy reads an empty or NaT stamp without complaint
+                raise WorkloadError(f"{path}:{line}: TIMESTAMP is {row[0]!r}, must be a date-time")
             if len(stamps) > 1 and stamps[-1] < stamps[-2]:
                 raise WorkloadError(f"{path}:{line}: TIMESTAMP is before the row above, rows must be in arrival order")
             if prompts[-1] < 1 or outputs[-1] < 1:

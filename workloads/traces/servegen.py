@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,10 @@ class Client:
     lengths: tuple[tuple[float, Histogram, Histogram], ...]
 
     def histograms(self, start_s: float) -> tuple[Histogram, Histogram] | None:
-        """The prompt and output histograms in force at `start_s`, or the nearest there are."""
-        known = [(abs(min(0.0, start_s - at)) + max(0.0, start_s - at), p, o) for at, p, o in self.lengths]
-        return min(known, key=lambda item: item[0])[1:] if known else None
+        """The prompt and output histograms in force at `start_s` (each holds until the next), else the first there are."""
+        begun = [entry for entry in self.lengths if entry[0] <= start_s]
+        entry = max(begun, key=lambda e: e[0]) if begun else min(self.lengths, key=lambda e: e[0], default=None)
+        return entry[1:] if entry else None
 
 
 def _windows(path: Path) -> tuple[Window, ...]:
@@ -56,21 +58,34 @@ def _windows(path: Path) -> tuple[Window, ...]:
             window = Window(float(start), float(rate), pattern, float(shape or 0))
         except ValueError as error:
             raise WorkloadError(f"{path}:{line}: {error}; want timestamp,rate,cv,pattern,arg1,arg2") from error
+        if not all(map(math.isfinite, (window.start_s, window.rate, window.shape))):
+            raise WorkloadError(f"{path}:{line}: timestamp, rate and arg1 must be finite; got {text}")
         if window.rate < 0 or (window.rate > 0 and (pattern not in ("Gamma", "Weibull", "") or window.shape < 0)):
             raise WorkloadError(f"{path}:{line}: rate must be >= 0 and pattern Gamma, Weibull or empty; got {text}")
         windows.append(window)
     return tuple(windows)
 
 
+def _histogram(text: str) -> Histogram:
+    """A histogram out of a string holding a Python dict {tokens: probability}."""
+    table = ast.literal_eval(text)
+    if not isinstance(table, dict):
+        raise TypeError(f"{text[:40]} is no dict")
+    for tokens, share in table.items():
+        if not (isinstance(tokens, int) and tokens >= 0 and isinstance(share, int | float) and 0 <= share < math.inf):
+            raise ValueError(f"{tokens!r}: {share!r} is no token count with its probability")
+    return table
+
+
 def _histograms(path: Path) -> tuple[tuple[float, Histogram, Histogram], ...]:
     try:
         entries = []
         for start, tables in json.loads(path.read_text()).items():
-            prompt, output = (ast.literal_eval(tables[key]) for key in ("input_tokens", "output_tokens"))
+            prompt, output = (_histogram(tables[key]) for key in ("input_tokens", "output_tokens"))
             if prompt and output:
                 entries.append((float(start), prompt, output))
         return tuple(entries)
-    except (ValueError, KeyError, SyntaxError, AttributeError) as error:
+    except (ValueError, KeyError, SyntaxError, AttributeError, TypeError) as error:
         raise WorkloadError(
             f"{path}: not a ServeGen dataset ({error}); want input_tokens and output_tokens by start"
         ) from error
@@ -128,6 +143,8 @@ def draw(
             times = times[(times >= 0) & (times < duration_s)]
             tables = client.histograms(window.start_s)
             if tables is None:
+                if not pooled_prompt:
+                    raise WorkloadError(f"workload: no ServeGen client has lengths, so client {client.client} has none")
                 fallen.add(client.client)
                 tables = (pooled_prompt, pooled_output)
             prompt_tokens, output_tokens = (lengths.empirical(t, len(times), rng) for t in tables)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from workloads.errors import WorkloadError
@@ -12,54 +15,108 @@ from workloads.requests import BASE, RequestTable
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens", "adapter")
 OPTIONAL = ("priority",)
+_LIMIT = 2**31
 
 
-def _read(path: Path) -> tuple[pd.DataFrame, int]:
-    """The table, and the line its first row stands on."""
+def _read_csv(path: Path) -> pd.DataFrame:
+    # Where rows are longer than the header pandas only warns, and drops or shifts columns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            # Only an empty cell is empty: pandas would also take an adapter named NA or null for the base model.
+            table = pd.read_csv(
+                path,
+                dtype={"adapter": str},
+                keep_default_na=False,
+                na_values=[""],
+                skip_blank_lines=False,
+                low_memory=False,
+                index_col=False,
+            )
+        except pd.errors.ParserWarning as error:
+            raise WorkloadError(f"{path}:2: the rows have more fields than the header names") from error
+    table.index = pd.RangeIndex(2, len(table) + 2)
+    return table.dropna(how="all")
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    rows: dict[int, dict[str, object]] = {}
+    for line, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise WorkloadError(f"{path}:{line}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise WorkloadError(f"{path}:{line}: must be a JSON object with {', '.join(REQUIRED)}")
+        rows[line] = row
+    return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """The table, indexed by line of the file (Parquet: by row, from 1)."""
     if not path.is_file():
         raise WorkloadError(f"{path}: no such file; workload.path must name a trace table")
     if path.suffix not in (".csv", ".jsonl", ".parquet"):
         raise WorkloadError(f"{path}: a trace table must be .csv, .jsonl or .parquet")
     try:
         if path.suffix == ".csv":
-            return pd.read_csv(path, dtype={"adapter": str}), 2
+            return _read_csv(path)
         if path.suffix == ".jsonl":
-            return pd.read_json(path, lines=True, dtype={"adapter": str}), 1
-        return pd.read_parquet(path), 0
+            return _read_jsonl(path)
+        table = pd.read_parquet(path)
+    except WorkloadError:
+        raise
     except (ValueError, OSError) as error:
         raise WorkloadError(f"{path}: cannot be read as a table ({error})") from error
+    table.index = pd.RangeIndex(1, len(table) + 1)
+    return table
+
+
+def _numbers(table: pd.DataFrame, name: str, path: Path) -> npt.NDArray[np.float64]:
+    """A column of finite numbers in range, whole but for `arrival_s`."""
+    column = table[name]
+    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    whole = name != "arrival_s"
+    least = 0 if name == "arrival_s" else -_LIMIT if name == "priority" else 1
+    with np.errstate(invalid="ignore"):
+        good = np.isfinite(values) & (values >= least)
+        if whole:
+            good &= (values % 1 == 0) & (values < _LIMIT)
+    if column.dtype.kind in "bO":
+        good &= ~column.map(lambda v: isinstance(v, bool)).to_numpy(dtype=bool)
+    if not good.all():
+        row = int(np.argmin(good))
+        want = f"a {'whole ' if whole else ''}number >= {least}" + (f" and < {_LIMIT}" if whole else "")
+        raise WorkloadError(f"{path}:{table.index[row]}: {name} is {column.iloc[row]}, must be {want}")
+    return values
 
 
 def load(path: Path) -> tuple[RequestTable, tuple[str, ...]]:
     """The requests and the adapters' names in order of first appearance; an empty adapter is the base model."""
-    table, first = _read(path)
+    table = _read(path)
     missing = [name for name in REQUIRED if name not in table]
     unknown = [name for name in table if name not in REQUIRED + OPTIONAL]
     if missing or unknown:
         known = ", ".join(REQUIRED + OPTIONAL)
         raise WorkloadError(f"{path}:1: columns missing: {missing}, unknown: {unknown}; a trace table has {known}")
-    columns = {}
-    for name in ("arrival_s", "prompt_tokens", "output_tokens", *(n for n in OPTIONAL if n in table)):
-        values = pd.to_numeric(table[name], errors="coerce")
-        least = 0 if name == "arrival_s" else -(2**31) if name == "priority" else 1
-        bad = np.nonzero((values.isna() | (values < least)).to_numpy())[0]
-        if len(bad):
-            row = int(bad[0])
-            raise WorkloadError(f"{path}:{row + first}: {name} is {table[name].iloc[row]}, must be a number >= {least}")
-        columns[name] = values.to_numpy(dtype=np.float64 if name == "arrival_s" else np.int64)
+    columns = {
+        name: _numbers(table, name, path)
+        for name in ("arrival_s", "prompt_tokens", "output_tokens", *(n for n in OPTIONAL if n in table))
+    }
     back = np.nonzero(np.diff(columns["arrival_s"]) < 0)[0]
     if len(back):
-        raise WorkloadError(
-            f"{path}:{int(back[0]) + 1 + first}: arrival_s is before the row above, rows must be in order"
-        )
+        line = table.index[int(back[0]) + 1]
+        raise WorkloadError(f"{path}:{line}: arrival_s is before the row above, rows must be in order")
     names = table["adapter"].fillna("").astype(str)
     codes, uniques = pd.factorize(names.where(names != "", None))
-    priority = columns.get("priority", np.zeros(len(table), dtype=np.int64))
+    priority = columns.get("priority", np.zeros(len(table)))
     requests = RequestTable(
         columns["arrival_s"],
-        columns["prompt_tokens"],
-        columns["output_tokens"],
+        columns["prompt_tokens"].astype(np.int64),
+        columns["output_tokens"].astype(np.int64),
         codes.astype(np.int64) + 1 + BASE,
-        priority,
+        priority.astype(np.int64),
     )
     return requests, tuple(str(u) for u in uniques)
