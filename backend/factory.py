@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
-from backend.memory import memory_plan
+from backend.memory import GIB, memory_plan
 
 if TYPE_CHECKING:
     from backend.base import Backend, EngineLimits
@@ -39,7 +39,14 @@ def open_backend(
     from backend.measure import device_bytes
 
     blocks = memory_plan(geometry, limits, gpu_bytes or device_bytes(kind)).num_gpu_blocks
-    return LiveBackend(geometry, limits, blocks, device=kind, seed=seed)
+    try:
+        return LiveBackend(geometry, limits, blocks, device=kind, seed=seed)
+    except torch.OutOfMemoryError as error:
+        free, total = (b / GIB for b in torch.cuda.mem_get_info())
+        raise BackendError(
+            f"backend {kind}: {geometry.name} fits an empty GPU, but only {free:.1f} of {total:.1f} GiB are free; end what"
+            " else runs there or lower engine.gpu_memory_utilization"
+        ) from error
 
 
 def _replay(geometry: ModelGeometry, limits: EngineLimits, profile: str | None, gpu_bytes: int | None) -> Backend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from worlds import WorldBackend
 
 import sim.run
@@ -121,3 +122,33 @@ def test_argparse_exits_with_two(argv: list[str], capsys: pytest.CaptureFixture[
         main(argv)
     assert stopped.value.code == 2
     assert "usage: multilora" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_cuda(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torch sees no CUDA device" in refused(capsys, work, "run", write(work), "--backend", "cuda")
+
+
+def test_a_model_that_does_not_fit(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = write(work).replace("s.toml", "big.toml")
+    text = (
+        (work / "s.toml").read_text().replace('profile = "none"', 'profile = "h100-llama-3.1-8b"\ngpu_memory_gib = 16')
+    )
+    text = text.replace('"tiny"', '"llama-3.1-8b"').replace('kind = "cpu"', 'kind = "profile"')
+    (work / "s.toml").write_text(text)
+    assert "llama-3.1-8b does not fit: 16.0 GiB" in refused(capsys, work, "run", "s.toml")
+
+
+def test_a_host_cache_smaller_than_the_slots(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(work)
+    text = (work / "s.toml").read_text().replace("[engine]", "[engine]\nmax_loras = 2\nmax_cpu_loras = 1")
+    (work / "s.toml").write_text(text)
+    assert "engine.max_cpu_loras is 1, must be >= engine.max_loras (2)" in refused(capsys, work, "run", "s.toml")
+
+
+def test_a_trace_out_of_order(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens,adapter\n1,5,5,a\n0.5,5,5,a\n")
+    (work / "s.toml").write_text(
+        '[model]\ngeometry = "tiny"\n[workload]\nkind = "table"\npath = "t.csv"\n[backend]\nkind = "cpu"\n'
+    )
+    assert "t.csv:3: arrival_s is before the row above" in refused(capsys, work, "run", "s.toml")
