@@ -130,7 +130,7 @@ def test_cuda_without_cuda(work: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_model_that_does_not_fit(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scenario = write(work).replace("s.toml", "big.toml")
+    write(work).replace("s.toml", "big.toml")
     text = (
         (work / "s.toml").read_text().replace('profile = "none"', 'profile = "h100-llama-3.1-8b"\ngpu_memory_gib = 16')
     )
