@@ -95,6 +95,9 @@ class ModelGeometry:
         """Bytes of one adapter of `rank` on `target_modules` (all seven where None)."""
         linears = self.linears()
         chosen = linears if target_modules is None else target_modules
+        unknown = [m for m in chosen if m not in linears]
+        if unknown:
+            raise BackendError(f"target_modules names {unknown[0]}; known: {', '.join(linears)}")
         return rank * self.num_layers * self.dtype_bytes * sum(sum(linears[m]) for m in chosen)
 
 
@@ -133,11 +136,17 @@ def load_geometry(name_or_path: str) -> ModelGeometry:
             f"model.geometry {name_or_path}: neither a shipped geometry ({known}) nor a config.json file"
         )
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackendError(
+            f"{path}: not readable as UTF-8 text ({error}); a Hugging Face config.json is wanted"
+        ) from error
     except json.JSONDecodeError as error:
         raise BackendError(
             f"{path}:{error.lineno}: not JSON ({error.msg}); a Hugging Face config.json is wanted"
         ) from error
+    if not isinstance(config, dict):
+        raise BackendError(f"{path}: holds a {type(config).__name__}; a Hugging Face config.json is a JSON object")
     return from_config(config, path)
 
 
@@ -145,22 +154,28 @@ def from_config(config: Mapping[str, object], path: Path) -> ModelGeometry:
     """Geometry of a Hugging Face config; `path` names it in errors and gives the model its name."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise BackendError(f"{path}: architectures is {architecture}; known: {', '.join(_ARCHITECTURES)}")
+    if config.get("quantization_config"):
+        raise BackendError(f"{path}: quantization_config is set; only 16-bit weights are modelled")
     bias, lora_embeddings = _ARCHITECTURES[architecture]
 
     def whole(key: str, default: int | None = None) -> int:
-        value = config.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise BackendError(f"{path}: {key} is {value!r}, must be a whole number")
+        value = config.get(key)
+        value = default if value is None else value  # Mistral writes `"head_dim": null`
+        if value is None:
+            raise BackendError(f"{path}: {key} is missing, must be a whole number >= 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BackendError(f"{path}: {key} is {value!r}, must be a whole number >= 1")
         return value
 
-    def real(key: str, default: float) -> float:
-        value = config.get(key, default)
+    def real(source: Mapping[str, object], key: str, default: float) -> float:
+        value = source.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise BackendError(f"{path}: {key} is {value!r}, must be a number")
         return float(value)
 
+    rope = config.get("rope_parameters")  # transformers 5 moved rope_theta in there
     heads = whole("num_attention_heads")
     hidden = whole("hidden_size")
     return ModelGeometry(
@@ -173,8 +188,8 @@ def from_config(config: Mapping[str, object], path: Path) -> ModelGeometry:
         whole("intermediate_size"),
         whole("vocab_size"),
         tie_word_embeddings=config.get("tie_word_embeddings", False) is True,
-        rope_theta=real("rope_theta", 10000.0),
-        rms_norm_eps=real("rms_norm_eps", 1e-6),
+        rope_theta=real(rope if isinstance(rope, dict) and "rope_theta" in rope else config, "rope_theta", 10000.0),
+        rms_norm_eps=real(config, "rms_norm_eps", 1e-6),
         qkv_bias=bias,
         lora_embeddings=lora_embeddings,
     )
