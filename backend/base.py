@@ -44,6 +44,8 @@ class StepBatch:
     `samples[n]`: the request's last row yields a token (false for a chunk that does not end its prompt).
     `block_tables[n]`: KV block ids of each request covering context + query; live backends need them,
     replay ignores them (empty).
+    `decodes[n]`: the row's token is the one sampled last; live backends need it (empty: where `query_lens[n]` is 1 after
+    some context, which a prompt's last chunk can be as well).
     """
 
     query_lens: tuple[int, ...]
@@ -51,6 +53,7 @@ class StepBatch:
     slots: tuple[int, ...]
     samples: tuple[bool, ...]
     block_tables: tuple[tuple[int, ...], ...] = ()
+    decodes: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.query_lens)
@@ -92,7 +95,10 @@ class LoadTiming:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the backend can hold: `num_gpu_blocks` usable KV blocks of `block_size` tokens, `max_loras` slots."""
+    """What the backend can hold: `num_gpu_blocks` KV blocks of `block_size` tokens, `max_loras` slots.
+
+    `num_gpu_blocks` is what vLLM reports under that name; one of them is its null block, which no request gets.
+    """
 
     num_gpu_blocks: int
     block_size: int

@@ -32,7 +32,8 @@ class Padding:
 class StepInputs:
     """One step as int32 arrays over its T rows (token positions to compute) and n requests.
 
-    `token_from[T]`: where the row's token lies among the last sampled ones (a request's first KV block), -1 = prompt;
+    `token_from[T]`: where the row's token lies among the last sampled ones, -1 = prompt: a request's newest token lies
+    under the KV block of the row that yielded it, which the request shares with nobody while it computes there;
     `positions[T]`; `kv_slots[T]`: cell to write (-1 = padding); `row_slots[T]`: adapter slot (-1 = base);
     `lora_rows[T]`, `lora_tiles[., 3]`: see `sgmv.Segments`; `decode_tiles[., 4]`, `prefill_tiles[., 4]`: attention
     tiles (request, first row, its position, queries); `sample_rows[S]`, `sample_to[S]`: rows that yield a token, and where it goes.
@@ -101,8 +102,8 @@ def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
     decode = query <= DECODE_TILE
     requests = np.arange(len(query), dtype=np.int32)
     samples = np.array(batch.samples, dtype=bool)
-    first_block = tables[:, 0]
-    token_from = np.where((query == 1) & (context > 0), first_block, -1)[request]
+    decodes = np.array(batch.decodes, dtype=bool) if batch.decodes else (query == 1) & (context > 0)
+    token_from = np.where(decodes, tables[requests, np.maximum(context - 1, 0) // block_size], -1)[request]
     tiles = [
         _attention_tiles(requests[mask], starts[mask], context[mask], query[mask], size)
         for mask, size in ((decode, DECODE_TILE), (~decode, PREFILL_TILE))
@@ -117,5 +118,5 @@ def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
         tiles[0],
         tiles[1],
         (starts + query - 1)[samples].astype(np.int32),
-        first_block[samples].astype(np.int32),
+        tables[requests, (context + query - 1) // block_size][samples].astype(np.int32),
     )

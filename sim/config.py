@@ -1,16 +1,22 @@
-"""The engine's limits, under vLLM's names."""
+"""The engine's limits and policies, under vLLM's names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from sim.errors import ScenarioError
+from sim.eviction import EVICTION
+from sim.waiting import WAITING
+
+LORA_LOADING = ("blocking", "overlapped")
+"""`blocking`: a step waits for its adapters (vLLM). `overlapped`: they load beside the steps (SGLang)."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One replica's configuration; defaults are vLLM's where it has one (`vllm/engine/arg_utils.py`).
 
+    Two differ: `async_scheduling` (vLLM: true) and `max_num_seqs` (vLLM: 1024 on an H100).
     Raises `ScenarioError` naming the `engine.` key whose value cannot be.
     """
 
@@ -23,6 +29,15 @@ class EngineConfig:
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = False
+    scheduler_reserve_full_isl: bool = True
+    watermark: float = 0.0
+    scheduling_policy: str = "fcfs"
+    ageing_s: float = 10.0
+    lora_eviction_policy: str = "lru"
+    lora_loading: str = "blocking"
 
     @property
     def host_loras(self) -> int:
@@ -41,10 +56,29 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ScenarioError(f"engine.gpu_memory_utilization is {self.gpu_memory_utilization}, must be in (0, 1]")
+        if not 0 <= self.watermark < 1:
+            raise ScenarioError(f"engine.watermark is {self.watermark}, must be in [0, 1)")
+        if not self.ageing_s > 0:
+            raise ScenarioError(f"engine.ageing_s is {self.ageing_s}, must be > 0 seconds")
+        self._check_budget()
+        for key, known in (
+            ("scheduling_policy", tuple(WAITING)),
+            ("lora_eviction_policy", tuple(EVICTION)),
+            ("lora_loading", LORA_LOADING),
+        ):
+            if getattr(self, key) not in known:
+                raise ScenarioError(f"engine.{key} is {getattr(self, key)!r}, must be one of {', '.join(known)}")
+
+    def _check_budget(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ScenarioError(
                 f"engine.max_num_batched_tokens is {self.max_num_batched_tokens}, must be >= engine.max_num_seqs"
                 f" ({self.max_num_seqs})"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ScenarioError(
+                f"engine.max_num_batched_tokens is {self.max_num_batched_tokens}, must be >= engine.max_model_len"
+                f" ({self.max_model_len}) without chunked prefill"
             )
         if not 0 <= self.long_prefill_token_threshold <= self.max_model_len:
             raise ScenarioError(

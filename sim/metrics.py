@@ -50,6 +50,8 @@ def summarise(tables: RunTables) -> dict[str, float | int | None]:
     uses = int(a["step_uses"].sum())
     blocks = (s["used_blocks"] + s["free_blocks"]).clip(lower=1)
     usage = s["used_blocks"] / blocks
+    scheduled = r[r["first_scheduled_s"].notna()]
+    prompts = int(scheduled["prompt_tokens"].sum())
     waits = r["first_scheduled_s"].fillna(tables.horizon_s) - r["arrival_s"]
     mean_wait = waits.groupby(r["adapter"]).mean().to_numpy()
     return {
@@ -71,6 +73,7 @@ def summarise(tables: RunTables) -> dict[str, float | int | None]:
         "adapter_activations": int(a["activations"].sum()),
         "adapter_evictions": int(a["evictions"].sum()),
         "preemptions": int(r["preemptions"].sum()),
+        "prefix_cache_hit_rate": float(scheduled["cached_tokens"].sum() / prompts) if prompts else None,
         "mean_kv_usage": time_weighted(usage, s),
         "max_kv_usage": float(usage.max()) if len(s) else None,
         "longest_wait_s": float(waits.max()) if len(r) else None,

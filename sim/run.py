@@ -53,6 +53,16 @@ def catalogue_of(scenario: Scenario, workload: Workload) -> Catalogue:
     return Catalogue(tuple(Adapter(i, name, ranks[(i - 1) % len(ranks)], modules) for i, name in names))
 
 
+def pinned_ids(scenario: Scenario, catalogue: Catalogue) -> tuple[int, ...]:
+    """Ids of the adapters that `adapters.pinned` names. Raises `ScenarioError` for a name that the workload lacks."""
+    ids = {adapter.name: adapter.adapter_id for adapter in catalogue}
+    for name in scenario.pinned:
+        if name not in ids:
+            some = ", ".join(list(ids)[:3])
+            raise ScenarioError(f"adapters.pinned names {name!r}, which the workload does not have; it has {some}, …")
+    return tuple(dict.fromkeys(ids[name] for name in scenario.pinned))
+
+
 def run_scenario(
     scenario: Scenario | str | Path,
     *,
@@ -80,6 +90,7 @@ def run_scenario(
         scenario.workload, adapter_count=scenario.adapter_count, seed=scenario.seed, base_dir=scenario.base_dir
     )
     catalogue = catalogue_of(scenario, workload)
+    pinned = pinned_ids(scenario, catalogue)
     gpu_bytes = None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30))
     opened = open_backend(
         scenario.backend,
@@ -97,7 +108,14 @@ def run_scenario(
                     bar.update(finished - bar.n)
 
             tables = simulate(
-                workload.requests, catalogue, scenario.engine, opened, horizon_s=scenario.horizon_s, on_step=advance
+                workload.requests,
+                catalogue,
+                scenario.engine,
+                opened,
+                pinned=pinned,
+                check=scenario.check,
+                horizon_s=scenario.horizon_s,
+                on_step=advance,
             )
         sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
         tables.adapters.insert(3, "nbytes", sizes)

@@ -18,14 +18,14 @@ from sim.errors import ScenarioError
 KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("geometry",),
     "engine": tuple(f.name for f in fields(EngineConfig)),
-    "adapters": ("count", "rank", "ranks", "target_modules"),
+    "adapters": ("count", "rank", "ranks", "target_modules", "pinned"),
     "workload": (),
     "backend": ("kind", "profile", "gpu_memory_gib"),
-    "run": ("seed", "horizon_s"),
+    "run": ("seed", "horizon_s", "check"),
 }
 """Tables and their keys; `[workload]` is checked where it is built."""
 
-_WHOLE = {f.name for f in fields(EngineConfig)} - {"gpu_memory_utilization"}
+_TYPES = {f.name: str(f.type) for f in fields(EngineConfig)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,26 @@ class Scenario:
     adapter_count: int | None
     ranks: tuple[int, ...]
     target_modules: tuple[str, ...] | None
+    pinned: tuple[str, ...]
     workload: Mapping[str, object]
     backend: str
     profile: str | None
     gpu_memory_gib: float | None
     seed: int
     horizon_s: float | None
+    check: bool
     base_dir: Path
 
     def resolved(self) -> dict[str, object]:
         """The scenario with its defaults filled in, as it is written back: it runs from any directory."""
         engine = {f.name: getattr(self.engine, f.name) for f in fields(EngineConfig)}
         engine["max_cpu_loras"] = self.engine.host_loras
-        adapters = {"count": self.adapter_count, "ranks": list(self.ranks), "target_modules": self.target_modules}
+        adapters = {
+            "count": self.adapter_count,
+            "ranks": list(self.ranks),
+            "target_modules": self.target_modules,
+            "pinned": list(self.pinned),
+        }
         backend = {"kind": self.backend, "profile": self.profile, "gpu_memory_gib": self.gpu_memory_gib}
         workload = dict(self.workload)
         if isinstance(path := workload.get("path"), str):
@@ -61,7 +68,7 @@ class Scenario:
             "adapters": adapters,
             "workload": workload,
             "backend": backend,
-            "run": {"seed": self.seed, "horizon_s": self.horizon_s},
+            "run": {"seed": self.seed, "horizon_s": self.horizon_s, "check": self.check},
         }
         return {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
 
@@ -103,10 +110,8 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
     get = _Reader(data)
     if "workload" not in data:
         raise ScenarioError("[workload] is missing, it says who asks for what")
-    engine = {k: get.number("engine", k, whole=k in _WHOLE) for k in get.table("engine")}
-    modules = get.table("adapters").get("target_modules")
-    if modules is not None and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
-        raise ScenarioError(f"adapters.target_modules is {modules!r}, must be a list of texts")
+    engine = {k: get.typed("engine", k, _TYPES[k]) for k in get.table("engine")}
+    modules = get.texts("adapters", "target_modules")
     count = get.number("adapters", "count", whole=True, above=0)
     geometry, profile = get.text("model", "geometry"), get.text("backend", "profile")
     return Scenario(
@@ -115,13 +120,15 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
         engine=EngineConfig(**engine),  # type: ignore[arg-type]
         adapter_count=None if count is None else int(count),
         ranks=_ranks(get.table("adapters")),
-        target_modules=None if modules is None else tuple(modules),
+        target_modules=modules,
+        pinned=get.texts("adapters", "pinned") or (),
         workload=get.table("workload"),
         backend=get.text("backend", "kind") or "profile",
         profile=None if profile is None else _locate(profile, shipped_profiles(), base_dir),
         gpu_memory_gib=get.number("backend", "gpu_memory_gib", above=0),
         seed=int(get.number("run", "seed", whole=True, above=-1) or 0),
         horizon_s=get.number("run", "horizon_s", above=0),
+        check=get.flag("run", "check") or False,
         base_dir=base_dir,
     )
 
@@ -178,6 +185,26 @@ class _Reader:
                 f"{table}.{key} is {value!r}, must be finite{'' if above is None else f' and > {above}'}"
             )
         return value
+
+    def typed(self, table: str, key: str, kind: str) -> object:
+        """A value of the type that a field's annotation names."""
+        if kind == "bool":
+            return self.flag(table, key)
+        return self.text(table, key) if kind == "str" else self.number(table, key, whole=kind.startswith("int"))
+
+    def flag(self, table: str, key: str) -> bool | None:
+        value = self.table(table).get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ScenarioError(f"{table}.{key} is {value!r}, must be true or false")
+        return value
+
+    def texts(self, table: str, key: str) -> tuple[str, ...] | None:
+        value = self.table(table).get(key)
+        if value is None:
+            return None
+        if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise ScenarioError(f"{table}.{key} is {value!r}, must be a list of texts")
+        return tuple(value)
 
     def text(self, table: str, key: str) -> str | None:
         value = self.table(table).get(key)

@@ -7,28 +7,36 @@ from dataclasses import dataclass, field
 from workloads.requests import Request
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestState:
-    """Progress of one request. `computed`: tokens whose keys are in the KV cache, or scheduled to be.
+    """Progress of one request.
 
     `limit`: output tokens after which it ends (`output_tokens`, or what `max_model_len` leaves).
+    `computed`: tokens whose keys are in the KV cache, or scheduled to be (vLLM's `num_computed_tokens`).
+    `placeholders`: output tokens that are being sampled and not known yet (asynchronous scheduling).
+    `blocks`: its KV blocks in order, of which the first `registered` are in the prefix cache.
+    `cached_tokens`: tokens found in the prefix cache when it was first admitted.
     """
 
     request: Request
     limit: int
     computed: int = 0
     emitted: int = 0
+    placeholders: int = 0
     blocks: list[int] = field(default_factory=list)
+    registered: int = 0
     preempted: bool = False
+    done: bool = False
     preemptions: int = 0
     skips: int = 0
+    cached_tokens: int = 0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finish_s: float | None = None
 
     @property
     def tokens(self) -> int:
-        """Prompt and outputs so far (vLLM's `Request.num_tokens`)."""
+        """Prompt and known outputs so far (vLLM's `Request.num_tokens`)."""
         return self.request.prompt_tokens + self.emitted
 
     @property

@@ -32,6 +32,7 @@ class StepRow:
     preempted: int
     skipped: int
     finished: int
+    cached_tokens: int
     stages: int
     activations: int
     evictions: int
@@ -70,12 +71,12 @@ def request_table(states: Iterable[RequestState], running: set[int]) -> pd.DataF
         rows.append(
             (
                 r.request_id, r.arrival_s, r.adapter, r.prompt_tokens, r.output_tokens, status,
-                s.first_scheduled_s, s.first_token_s, s.finish_s, s.emitted, s.preemptions, s.skips,
+                s.first_scheduled_s, s.first_token_s, s.finish_s, s.emitted, s.cached_tokens, s.preemptions, s.skips,
             )
         )  # fmt: skip
     names = (
         "request_id arrival_s adapter prompt_tokens output_tokens status first_scheduled_s first_token_s finish_s"
-        " tokens_emitted preemptions skips"
+        " tokens_emitted cached_tokens preemptions skips"
     ).split()
     table = pd.DataFrame(rows, columns=names)
     return table.astype(dict.fromkeys(("first_scheduled_s", "first_token_s", "finish_s"), "float64"))

@@ -87,6 +87,42 @@ def test_chunked_prefill_gives_the_same_answer() -> None:
     torch.testing.assert_close(whole.decoder.logits[0], chunks.decoder.logits[0], rtol=1e-3, atol=1e-3)
 
 
+def test_shared_prefix_blocks_give_the_same_answer() -> None:
+    """A request that finds its first block, in the very step that computes it, answers as if it were alone."""
+    alone, shared = small_backend(), small_backend()
+    alone.execute(StepBatch((20,), (0,), (1,), (True,), ((6, 7),)))
+    alone.execute(StepBatch((1,), (20,), (1,), (True,), ((6, 7),), (True,)))
+    shared.execute(StepBatch((30, 4), (0, 16), (1, 1), (True, True), ((3, 4), (3, 5))))
+    shared.execute(StepBatch((1, 1), (30, 20), (1, 1), (True, True), ((3, 4), (3, 5)), (True, True)))
+    torch.testing.assert_close(shared.decoder.logits[1], alone.decoder.logits[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_single_last_prompt_token_is_no_decode() -> None:
+    whole, chunks = small_backend(), small_backend()
+    whole.execute(StepBatch((17,), (0,), (1,), (True,), ((4, 9),)))
+    chunks.decoder.last_token.fill_(5)
+    chunks.execute(StepBatch((16,), (0,), (1,), (False,), ((4, 9),)))
+    chunks.execute(StepBatch((1,), (16,), (1,), (True,), ((4, 9),), (False,)))
+    torch.testing.assert_close(whole.decoder.logits[0], chunks.decoder.logits[0], rtol=1e-3, atol=1e-3)
+
+
+def test_every_policy_runs_on_a_live_backend(tmp_path: Path) -> None:
+    """Prefix caching, asynchronous scheduling, overlapped loading, pins: each step executed, each invariant checked."""
+    rows = ["arrival_s,prompt_tokens,output_tokens,adapter,priority,prefix_id,prefix_tokens"]
+    rows += [f"{i * 0.001},{40 + i % 9},{3 + i % 4},a{i % 5},{i % 2},p{i % 3},{32 + i % 9}" for i in range(30)]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    head, _, tail = SCENARIO.partition("[adapters]")
+    engine = 'scheduling_policy = "adapter_aware"\nlora_eviction_policy = "cost_aware"\nlora_loading = "overlapped"\n'
+    adapters = '[adapters]\nranks = [8, 16]\npinned = ["a3"]\n[run]\ncheck = true\n'
+    workload = '[workload]\nkind = "table"\npath = "t.csv"\n[backend]' + tail.partition("[backend]")[2]
+    (tmp_path / "s.toml").write_text(f"{head}{engine}async_scheduling = true\n{adapters}{workload}")
+    result = run_scenario(str(tmp_path / "s.toml"), out=tmp_path / "run")
+    assert (result.tables.requests["status"] == "finished").all()
+    assert result.tables.requests["cached_tokens"].sum() > 0
+    assert result.summary["steps_executed_on_device"] == len(result.tables.steps)
+    assert result.tables.adapters.set_index("name").loc["a3", "evictions"] == 0
+
+
 def test_the_adapter_matters_and_missing_modules_are_zero() -> None:
     base, adapted, partial = small_backend(), small_backend(), small_backend()
     partial.stage(AdapterShape(9, 16, ("q_proj",)))

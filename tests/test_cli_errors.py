@@ -20,6 +20,7 @@ max_model_len = 64
 [adapters]
 count = 2
 rank = {rank}
+pinned = {pinned}
 [workload]
 kind = "synthetic"
 rate_rps = 5.0
@@ -32,7 +33,7 @@ popularity = {{ kind = "uniform" }}
 kind = "{kind}"
 profile = "{profile}"
 """
-GOOD = {"geometry": "tiny", "rank": 8, "prompt": 8, "kind": "cpu", "profile": "none", "more": ""}
+GOOD = {"geometry": "tiny", "rank": 8, "prompt": 8, "kind": "cpu", "profile": "none", "more": "", "pinned": "[]"}
 
 
 @pytest.fixture
@@ -82,6 +83,15 @@ def test_good_input_ends_with_the_run_directory(work: Path, capsys: pytest.Captu
         ({"rank": 12}, "rank is 12, must be a multiple of 8"),
         ({"more": "speed = 1"}, "workload.speed: unknown key; known: "),
         ({"geometry": "lama"}, "model.geometry lama: neither a shipped geometry"),
+        (
+            {"pinned": '["a"]'},
+            "adapters.pinned names 'a', which the workload does not have; it has adapter-1, adapter-2",
+        ),
+        ({"pinned": '["adapter-1", "adapter-2"]'}, "adapters.pinned names 2 adapters, more than engine.max_loras (1)"),
+        (
+            {"pinned": '["adapter-1"]'},
+            "adapter adapter-2 can never run, adapters.pinned takes all engine.max_loras (1)",
+        ),
     ],
 )
 def test_what_cannot_be_served(

@@ -29,6 +29,7 @@ def tables() -> RunTables:
             "first_token_s": [1.0, 4.0, 4.0, NAN],
             "finish_s": [3.0, 4.0, NAN, NAN],
             "tokens_emitted": [5, 1, 4, 0],
+            "cached_tokens": [16, 0, 20, 0],
             "preemptions": [0, 1, 2, 0],
             "skips": [0, 0, 0, 1],
         }
@@ -47,6 +48,10 @@ def tables() -> RunTables:
         {"step_uses": [6, 2], "hits": [5, 1], "stages": [1, 2], "activations": [1, 3], "evictions": [0, 2]}
     )
     return RunTables(requests, steps, adapters, HORIZON_S)
+
+
+def test_prefix_cache_hit_rate_counts_what_was_scheduled() -> None:
+    assert summarise(tables())["prefix_cache_hit_rate"] == pytest.approx(36 / 180)
 
 
 def test_finished_only_latencies() -> None:

@@ -47,6 +47,22 @@ def test_shipped_scenarios_load_by_name(name: str) -> None:
         ({"engine": {"max_loras": True}}, "engine.max_loras is True, must be a whole number"),
         ({"engine": {"max_loras": 0}}, "engine.max_loras is 0, must be >= 1"),
         ({"engine": {"max_loras": 8, "max_cpu_loras": 4}}, "engine.max_cpu_loras is 4, must be >= engine.max_loras"),
+        (
+            {"engine": {"scheduling_policy": "lifo"}},
+            "engine.scheduling_policy is 'lifo', must be one of fcfs, priority",
+        ),
+        ({"engine": {"scheduling_policy": 1}}, "engine.scheduling_policy is 1, must be a text"),
+        ({"engine": {"lora_eviction_policy": "mru"}}, "engine.lora_eviction_policy is 'mru', must be one of lru, "),
+        ({"engine": {"lora_loading": "eager"}}, "engine.lora_loading is 'eager', must be one of blocking, overlapped"),
+        ({"engine": {"async_scheduling": 1}}, "engine.async_scheduling is 1, must be true or false"),
+        ({"engine": {"ageing_s": 0}}, "engine.ageing_s is 0, must be > 0 seconds"),
+        ({"engine": {"watermark": 1.0}}, "engine.watermark is 1.0, must be in [0, 1)"),
+        (
+            {"engine": {"enable_chunked_prefill": False}},
+            "engine.max_num_batched_tokens is 8192, must be >= engine.max_mod",
+        ),
+        ({"adapters": {"pinned": "a"}}, "adapters.pinned is 'a', must be a list of texts"),
+        ({"run": {"check": "yes"}}, "run.check is 'yes', must be true or false"),
         ({"adapters": {"rank": 8, "ranks": [8]}}, "adapters.rank and adapters.ranks: give one of them"),
         ({"adapters": {"ranks": []}}, "adapters.ranks is []"),
         ({"adapters": {"ranks": [8.0]}}, "adapters.ranks is [8.0], must be a list of whole numbers"),
@@ -106,8 +122,8 @@ def test_a_shipped_name_wins_over_a_file_beside(tmp_path: Path) -> None:
 
 def test_the_resolved_scenario_means_the_same(tmp_path: Path) -> None:
     tables = MINIMAL | {
-        "engine": {"max_loras": 4, "gpu_memory_utilization": 0.5},
-        "adapters": {"count": 6, "ranks": [8, 16], "target_modules": ["q_proj", "v_proj"]},
+        "engine": {"max_loras": 4, "gpu_memory_utilization": 0.5, "scheduling_policy": "sjf", "async_scheduling": True},
+        "adapters": {"count": 6, "ranks": [8, 16], "target_modules": ["q_proj", "v_proj"], "pinned": ["adapter-2"]},
         "backend": {"kind": "cpu", "gpu_memory_gib": 1.5},
         "run": {"seed": 7, "horizon_s": 3.0},
     }

@@ -124,3 +124,27 @@ def test_the_table_in_every_format(tmp_path: Path, suffix: str) -> None:
     assert workload.adapter_names == ("b", "a")
     assert workload.requests.adapter.tolist() == [1, 0, 2]
     assert workload.requests.prompt_tokens.tolist() == [3, 4, 5]
+
+
+def test_a_table_with_common_beginnings(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    head = "arrival_s,prompt_tokens,output_tokens,adapter,prefix_id,prefix_tokens\n"
+    file.write_text(head + "0,10,5,a,chat,8\n1,10,5,,,\n2,10,5,a,007,4\n3,10,5,b,chat,10\n".replace(",,,\n", ",,,0\n"))
+    requests, _ = trace_table.load(file)
+    assert requests.prefix_id.tolist() == [0, -1, 1, 0]
+    assert requests.prefix_tokens.tolist() == [8, 0, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        ("prefix_id", "x", "t.csv:1: prefix_id and prefix_tokens must both be there, or neither"),
+        ("prefix_id,prefix_tokens", "x,11", "t.csv:2: prefix_tokens must be <= prompt_tokens"),
+        ("prefix_id,prefix_tokens", "x,-1", "t.csv:2: prefix_tokens is -1, must be a whole number >= 0"),
+    ],
+)
+def test_beginnings_that_cannot_be(tmp_path: Path, header: str, row: str, message: str) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(f"arrival_s,prompt_tokens,output_tokens,adapter,{header}\n0,10,5,a,{row}\n")
+    with pytest.raises(WorkloadError, match=message):
+        trace_table.load(file)

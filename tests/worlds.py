@@ -13,7 +13,8 @@ class WorldBackend:
 
     needs_block_tables = True
 
-    def __init__(self, blocks: int, max_loras: int, block_size: int = 4) -> None:
+    def __init__(self, blocks: int, max_loras: int, block_size: int = 4, host_s: float = 0.0) -> None:
+        self.host_s = host_s
         self.blocks, self.max_loras, self.block_size = blocks, max_loras, block_size
         self.staged: set[int] = set()
         self.slots: dict[int, int] = {}
@@ -37,22 +38,39 @@ class WorldBackend:
         return LoadTiming(0.002, 1)
 
     def execute(self, batch: StepBatch) -> StepTiming:
-        owned = [b for table in batch.block_tables for b in table]
-        assert len(owned) == len(set(owned)), "I5: a block has two owners"
-        assert all(0 <= b < self.blocks for b in owned)
-        for q, c, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
-            assert len(table) * self.block_size >= q + c
+        written: set[int] = set()
+        places: dict[int, tuple[int, int]] = {}
+        rows = zip(batch.query_lens, batch.context_lens, batch.slots, batch.block_tables, strict=True)
+        for q, c, slot, table in rows:
+            assert len(table) == -(-(q + c) // self.block_size)
+            assert all(0 <= b < self.blocks for b in table)
+            for index, block in enumerate(table):
+                assert places.setdefault(block, (index, slot)) == (index, slot), (
+                    "I5: a block is shared that must not be"
+                )
+            writes = set(table[c // self.block_size :])
+            assert not written & writes, "I5: two requests write one block"
+            written |= writes
         assert len({s for s in batch.slots if s >= 0}) <= self.max_loras, "I3: too many adapters"
         assert all(s in self.slots for s in batch.slots if s >= 0), "I4: an adapter is not in its slot"
         self.batches.append(batch)
-        return StepTiming(0.001 + 1e-5 * batch.tokens, 0.0)
+        return StepTiming(0.001 + 1e-5 * batch.tokens, self.host_s)
 
     def close(self) -> None:
         pass
 
 
 def random_requests(seed: int, count: int, adapters: int, longest: int) -> RequestTable:
+    """Bursts and pauses; some prompts begin alike, within and across adapters; two priorities."""
     rng = np.random.default_rng(seed)
     arrival = np.sort(rng.exponential(0.004, count).cumsum() * rng.integers(0, 2, count))
     prompt, output = rng.integers(1, longest, count), rng.integers(1, longest, count)
-    return RequestTable(arrival, prompt, output, rng.integers(0, adapters + 1, count), np.zeros(count, dtype=np.int64))
+    return RequestTable(
+        arrival,
+        prompt,
+        output,
+        rng.integers(0, adapters + 1, count),
+        rng.integers(0, 2, count),
+        rng.integers(-1, 3, count),
+        rng.integers(0, prompt + 1),
+    )

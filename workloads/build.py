@@ -149,7 +149,7 @@ def _synthetic(table: _Table, count: int | None, rng: np.random.Generator, base_
     times = arrivals.gamma(table.number("rate_rps"), table.number("duration_s"), cv, rng)
     prompt, output = (_lengths(table, key, len(times), rng, base_dir) for key in ("prompt", "output"))
     adapter = _adapters(table, count, len(times), rng)
-    return Workload(RequestTable(times, prompt, output, adapter, np.zeros_like(prompt)), _names(count or 0))
+    return Workload(RequestTable(times, prompt, output, adapter), _names(count or 0))
 
 
 def _azure(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
@@ -159,7 +159,7 @@ def _azure(table: _Table, count: int | None, rng: np.random.Generator, base_dir:
     times, prompt, output = times[keep], prompt[keep], output[keep]
     adapter = _adapters(table, count, len(times), rng)
     notes = ("the trace names no adapters: they are drawn independently of it",)
-    return Workload(RequestTable(times, prompt, output, adapter, np.zeros_like(prompt)), _names(count or 0), notes)
+    return Workload(RequestTable(times, prompt, output, adapter), _names(count or 0), notes)
 
 
 def _servegen(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
@@ -171,16 +171,12 @@ def _servegen(table: _Table, count: int | None, rng: np.random.Generator, base_d
         clients, start, duration, table.number("rate_scale", 1.0), rng
     )
     names = tuple(f"client-{c.client}" for c in clients)
-    return Workload(RequestTable(times, prompt, output, adapter, np.zeros_like(prompt)), names, notes)
+    return Workload(RequestTable(times, prompt, output, adapter), names, notes)
 
 
 def _table(table: _Table, count: int | None, _: np.random.Generator, base_dir: Path) -> Workload:
     requests, names = trace_table.load(_source(table, base_dir))
     if count is not None and count != len(names):
         raise WorkloadError(f"adapters.count is {count}, but the trace names {len(names)} adapters; leave the key out")
-    keep = requests.arrival_s < table.number("duration_s", float("inf"))
-    r = requests
-    cut = RequestTable(
-        r.arrival_s[keep], r.prompt_tokens[keep], r.output_tokens[keep], r.adapter[keep], r.priority[keep]
-    )
-    return Workload(cut, names)
+    within = int(np.searchsorted(requests.arrival_s, table.number("duration_s", float("inf"))))
+    return Workload(requests.first(within), names)

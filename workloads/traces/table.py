@@ -1,4 +1,8 @@
-"""The generic trace table: `arrival_s, prompt_tokens, output_tokens, adapter` (+ `priority`) as CSV, JSONL or Parquet."""
+"""The generic trace table: `arrival_s, prompt_tokens, output_tokens, adapter` as CSV, JSONL or Parquet.
+
+Optional columns: `priority` (smaller first), `prefix_id` (any text; empty: none) and `prefix_tokens` (how much of the
+prompt is the common beginning of that `prefix_id`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from workloads.errors import WorkloadError
 from workloads.requests import BASE, RequestTable
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens", "adapter")
-OPTIONAL = ("priority",)
+OPTIONAL = ("priority", "prefix_id", "prefix_tokens")
 _LIMIT = 2**31
 
 
@@ -26,7 +30,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
             # Only an empty cell is empty: pandas would also take an adapter named NA or null for the base model.
             table = pd.read_csv(
                 path,
-                dtype={"adapter": str},
+                dtype={"adapter": str, "prefix_id": str},
                 keep_default_na=False,
                 na_values=[""],
                 skip_blank_lines=False,
@@ -79,7 +83,7 @@ def _numbers(table: pd.DataFrame, name: str, path: Path) -> npt.NDArray[np.float
     column = table[name]
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     whole = name != "arrival_s"
-    least = 0 if name == "arrival_s" else -_LIMIT if name == "priority" else 1
+    least = {"arrival_s": 0, "prefix_tokens": 0, "priority": -_LIMIT}.get(name, 1)
     with np.errstate(invalid="ignore"):
         good = np.isfinite(values) & (values >= least)
         if whole:
@@ -103,20 +107,29 @@ def load(path: Path) -> tuple[RequestTable, tuple[str, ...]]:
         raise WorkloadError(f"{path}:1: columns missing: {missing}, unknown: {unknown}; a trace table has {known}")
     columns = {
         name: _numbers(table, name, path)
-        for name in ("arrival_s", "prompt_tokens", "output_tokens", *(n for n in OPTIONAL if n in table))
+        for name in ("arrival_s", "prompt_tokens", "output_tokens", "priority", "prefix_tokens")
+        if name in table
     }
     back = np.nonzero(np.diff(columns["arrival_s"]) < 0)[0]
     if len(back):
         line = table.index[int(back[0]) + 1]
         raise WorkloadError(f"{path}:{line}: arrival_s is before the row above, rows must be in order")
-    names = table["adapter"].fillna("").astype(str)
-    codes, uniques = pd.factorize(names.where(names != "", None))
-    priority = columns.get("priority", np.zeros(len(table)))
-    requests = RequestTable(
-        columns["arrival_s"],
-        columns["prompt_tokens"].astype(np.int64),
-        columns["output_tokens"].astype(np.int64),
-        codes.astype(np.int64) + 1 + BASE,
-        priority.astype(np.int64),
-    )
-    return requests, tuple(str(u) for u in uniques)
+    if ("prefix_id" in table) != ("prefix_tokens" in table):
+        raise WorkloadError(f"{path}:1: prefix_id and prefix_tokens must both be there, or neither")
+    too_long = columns.get("prefix_tokens", np.zeros(len(table))) > columns["prompt_tokens"]
+    if too_long.any():
+        line = table.index[int(np.argmax(too_long))]
+        raise WorkloadError(f"{path}:{line}: prefix_tokens must be <= prompt_tokens")
+    adapter, names = _coded(table["adapter"])
+    whole = {name: column.astype(np.int64) for name, column in columns.items() if name != "arrival_s"}
+    if "prefix_id" in table:
+        whole["prefix_id"] = _coded(table["prefix_id"])[0]
+    requests = RequestTable(columns["arrival_s"], adapter=adapter + 1 + BASE, **whole)
+    return requests, names
+
+
+def _coded(column: pd.Series[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Texts as numbers in order of first appearance, empty as -1, and the texts."""
+    texts = column.fillna("").astype(str)
+    codes, uniques = pd.factorize(texts.where(texts != "", None))
+    return codes.astype(np.int64), tuple(str(u) for u in uniques)
