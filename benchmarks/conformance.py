@@ -93,16 +93,9 @@ class ScheduleReplay:
         step, prompt, output, adapter, priority, group, shared = row
         # Queue order is by row where the log's arrival times are row numbers; `Request` wants them in order anyhow.
         at = step if self.log["config"]["arrival_time"] == "step" else index
-        return Request(
-            index,
-            float(at),
-            prompt,
-            output,
-            adapter if self.lora else BASE,
-            priority,
-            group,
-            min(max(shared, 0), prompt),
-        )
+        shared = min(shared, prompt)
+        prefix = ((shared, group),) if group >= 0 < shared else ()
+        return Request(index, float(at), prompt, output, adapter if self.lora else BASE, priority, prefix)
 
     def rows(self) -> Iterator[Row]:
         """One row per step, with the log's keys; empty lists are left out."""

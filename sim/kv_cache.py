@@ -6,11 +6,12 @@ Rules: vLLM `v1/core/kv_cache_manager.py` (`KVCacheManager.allocate_slots`), `v1
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from sim.state import RequestState
-from workloads.requests import NO_PREFIX, Request
+from workloads.requests import Request
 
 BlockKey = tuple[int, ...]
 
@@ -21,8 +22,9 @@ def block_key(request: Request, index: int, block_size: int) -> BlockKey:
     (adapter, prefix, index) inside a common beginning: adapters never share keys and values, their projections differ.
     Past it (request, index): the tokens are the request's own, and stay so when it is preempted and comes back.
     """
-    if request.prefix_id != NO_PREFIX and (index + 1) * block_size <= request.prefix_tokens:
-        return (request.adapter, request.prefix_id, index)
+    prefix, end = request.prefix, (index + 1) * block_size
+    if prefix and end <= prefix[-1][0]:
+        return (request.adapter, prefix[bisect_left(prefix, (end,))][1], index)
     return (request.request_id, index)
 
 

@@ -26,7 +26,6 @@ from workloads.adapters import Catalogue
 from workloads.requests import RequestTable
 
 HERE = sorted((Path(__file__).parent / "golden").glob("*.json.gz"))
-COLUMNS = ("prompt_tokens", "output_tokens", "adapter", "priority", "prefix_id", "prefix_tokens")
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "vllm_golden"
 
 
@@ -76,7 +75,8 @@ def test_the_whole_simulation_executes_the_same_batches(name: str) -> None:
     # Between two steps, so that none ties with the end of one; asynchronous steps are planned a step earlier.
     early = 1.5 if replay.config.async_scheduling else 0.5
     arrival = np.array([max(0.0, row[0] - early) for row in rows])
-    columns = [np.array([getattr(r, key) for r in replay.requests]) for key in COLUMNS]
+    columns = [np.array(column) for column in zip(*(r[1:] for r in rows), strict=True)]
+    columns[-1] = np.clip(columns[-1], 0, columns[0])
     backend = UnitBackend(log["config"]["num_blocks"], replay.config.max_loras, replay.config.block_size)
     tables = simulate(RequestTable(arrival, *columns), Catalogue.uniform(99, [8]), replay.config, backend, check=True)
     assert [list(batch.query_lens) for batch in backend.batches] == [batch for batch in steps if batch]

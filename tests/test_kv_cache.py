@@ -17,7 +17,10 @@ from workloads.requests import Request
 
 
 def request(index: int, prompt: int, adapter: int = 1, prefix: int = 7, shared: int | None = None) -> RequestState:
-    return RequestState(Request(index, 0.0, prompt, 8, adapter, 0, prefix, prompt if shared is None else shared), 8)
+    tokens = prompt if shared is None else shared
+    return RequestState(
+        Request(index, 0.0, prompt, 8, adapter, 0, ((tokens, prefix),) if prefix >= 0 < tokens else ()), 8
+    )
 
 
 def pool(blocks: int = 11) -> BlockPool:
@@ -85,6 +88,19 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     p.release(state)
     assert p.lookup(state) == mine
     assert p.lookup(request(1, 10, prefix=-1, shared=0)) == []
+
+
+def test_a_session_finds_what_was_said_before_and_a_sibling_only_the_common_root() -> None:
+    p = pool(20)
+    first = RequestState(Request(0, 0.0, 10, 8, 1, 0, ((5, 0), (18, 1))), 8)
+    assert p.grow(first, 10)
+    first.emitted = 7
+    assert p.grow(first, 17)
+    p.release(first)
+    turn = RequestState(Request(1, 1.0, 22, 8, 1, 0, ((5, 0), (30, 1))), 8)
+    assert len(p.lookup(turn)) == 4
+    sibling = RequestState(Request(2, 1.0, 22, 8, 1, 0, ((5, 0), (30, 2))), 8)
+    assert len(p.lookup(sibling)) == 1
 
 
 def test_the_check_notices_a_miscounted_block() -> None:
@@ -157,7 +173,7 @@ class Blocks(RuleBasedStateMachine):
         for block, states in held.items():
             assert self.pool.owners[block] == len(states)
             assert len({s.adapter for s in states}) == 1
-            assert len({s.request.prefix_id for s in states}) == 1
+            assert len({s.request.prefix[0][1] if s.request.prefix else -1 for s in states}) == 1
         assert not any(self.pool.owners[b] for b in range(self.pool.total) if b not in held)
 
 

@@ -139,7 +139,7 @@ def test_a_table_with_common_beginnings(tmp_path: Path) -> None:
     ("header", "row", "message"),
     [
         ("prefix_id", "x", "t.csv:1: prefix_id and prefix_tokens must both be there, or neither"),
-        ("prefix_id,prefix_tokens", "x,11", "t.csv:2: prefix_tokens must be <= prompt_tokens"),
+        ("prefix_id,prefix_tokens", "x,16", "t.csv:2: prefix_tokens must be <= prompt_tokens"),
         ("prefix_id,prefix_tokens", "x,-1", "t.csv:2: prefix_tokens is -1, must be a whole number >= 0"),
     ],
 )

@@ -179,4 +179,4 @@ def _table(table: _Table, count: int | None, _: np.random.Generator, base_dir: P
     if count is not None and count != len(names):
         raise WorkloadError(f"adapters.count is {count}, but the trace names {len(names)} adapters; leave the key out")
     within = int(np.searchsorted(requests.arrival_s, table.number("duration_s", float("inf"))))
-    return Workload(requests.first(within), names)
+    return Workload(requests.take(slice(within)), names)

@@ -19,12 +19,16 @@ NO_PREFIX = -1
 IntArray = npt.NDArray[np.int64]
 
 
+Prefix = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request: `prompt_tokens` in, exactly `output_tokens` out, for one adapter (0 = base).
 
-    `priority`: smaller first. Requests of one `prefix_id` (-1: none) begin with the same tokens: two of them are equal
-    up to the smaller of their `prefix_tokens`, and differ everywhere else.
+    `priority`: smaller first. `prefix`: (end_tokens, id) pairs with rising ends. Requests that have the same id begin
+    with the same tokens, up to the smaller of their `end_tokens` for it; past the last end, tokens are a request's own.
+    The beginning may go on through the output, as in a session whose next turn repeats all that was said.
     """
 
     request_id: int
@@ -33,16 +37,41 @@ class Request:
     output_tokens: int
     adapter: int = BASE
     priority: int = 0
-    prefix_id: int = NO_PREFIX
-    prefix_tokens: int = 0
+    prefix: Prefix = ()
 
     def __post_init__(self) -> None:
         if not (self.arrival_s >= 0 and self.prompt_tokens >= 1 and self.output_tokens >= 1 and self.adapter >= BASE):
             msg = f"request {self.request_id}: need arrival_s >= 0, prompt_tokens >= 1, output_tokens >= 1, adapter >= 0; got {self}"
             raise WorkloadError(msg)
-        if not (self.prefix_id >= NO_PREFIX and 0 <= self.prefix_tokens <= self.prompt_tokens):
-            msg = f"request {self.request_id}: need prefix_id >= -1, 0 <= prefix_tokens <= prompt_tokens; got {self}"
+        if self.prefix and not 0 < self.prefix[0][0] <= self.prefix[-1][0] <= self.prompt_tokens + self.output_tokens:
+            msg = f"request {self.request_id}: need 0 < prefix ends <= prompt_tokens + output_tokens; got {self}"
             raise WorkloadError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTree:
+    """Common beginnings that grow out of one another: node i continues `parent[i]` (-1: none) up to `end_tokens[i]`.
+
+    Both int64[m]; a parent comes before its children and ends before them.
+    """
+
+    parent: IntArray
+    end_tokens: IntArray
+
+    def __post_init__(self) -> None:
+        child = np.nonzero(self.parent >= 0)[0]
+        rises = self.end_tokens[child] > self.end_tokens[self.parent[child]]
+        if len(self.parent) != len(self.end_tokens) or not (rises & (self.parent[child] < child)).all():
+            raise WorkloadError("a prefix tree needs parents before their children, and ends that rise")
+
+    def path(self, node: int, tokens: int) -> Prefix:
+        """The (end_tokens, id) pairs from the root to `node`, cut at `tokens`."""
+        pairs = []
+        while node >= 0:
+            pairs.append((int(self.end_tokens[node]), node))
+            node = int(self.parent[node])
+        whole = [pair for pair in reversed(pairs) if pair[0] < tokens]
+        return (*whole, (tokens, pairs[-1 - len(whole)][1])) if len(whole) < len(pairs) else tuple(whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +79,8 @@ class RequestTable:
     """Requests as columns, in arrival order; `request_id` is the row number.
 
     `arrival_s` float64[n] (non-decreasing), `prompt_tokens`, `output_tokens`, `adapter`, `priority`, `prefix_id`,
-    `prefix_tokens` int64[n]; the last three may be left out (0, none, 0).
+    `prefix_tokens` int64[n]; the last three may be left out (0, none, 0). The first `prefix_tokens` tokens of a request
+    are those of `prefix_id`, which is a node of `tree`, or where there is none a beginning by itself.
     """
 
     arrival_s: npt.NDArray[np.float64]
@@ -60,6 +90,7 @@ class RequestTable:
     priority: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     prefix_id: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     prefix_tokens: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    tree: PrefixTree | None = None
 
     def __post_init__(self) -> None:
         n = len(self.arrival_s)
@@ -82,25 +113,32 @@ class RequestTable:
             if column.min() < least:
                 row = int(np.argmax(column < least))
                 raise WorkloadError(f"request {row}: {name} is {column[row]}, must be >= {least}")
-        longer = self.prefix_tokens > self.prompt_tokens
+        longer = self.prefix_tokens > self.prompt_tokens + self.output_tokens
         if longer.any():
             row = int(np.argmax(longer))
             raise WorkloadError(
-                f"request {row}: prefix_tokens is {self.prefix_tokens[row]}, must be <= prompt_tokens"
-                f" ({self.prompt_tokens[row]})"
+                f"request {row}: prefix_tokens is {self.prefix_tokens[row]}, must be <= prompt_tokens + output_tokens"
+                f" ({self.prompt_tokens[row] + self.output_tokens[row]})"
             )
 
     def columns(self) -> tuple[npt.NDArray[np.float64] | IntArray, ...]:
-        """All columns, in the order of `Request`'s fields after `request_id`."""
-        return tuple(getattr(self, name) for name in self.__slots__)
+        """All columns, in the order of the fields."""
+        return tuple(getattr(self, name) for name in self.__slots__ if name != "tree")
 
-    def first(self, count: int) -> RequestTable:
-        """The first `count` requests."""
-        return RequestTable(*(column[:count] for column in self.columns()))  # type: ignore[arg-type]
+    def take(self, rows: npt.NDArray[np.bool_] | IntArray | slice) -> RequestTable:
+        """The chosen requests, which must still be in arrival order."""
+        return RequestTable(*(column[rows] for column in self.columns()), tree=self.tree)  # type: ignore[arg-type, misc]
+
+    def prefix(self, prefix_id: int, tokens: int) -> Prefix:
+        """What `Request.prefix` is for one row's `prefix_id` and `prefix_tokens`."""
+        if prefix_id == NO_PREFIX or tokens == 0:
+            return ()
+        return ((tokens, prefix_id),) if self.tree is None else self.tree.path(prefix_id, tokens)
 
     def __len__(self) -> int:
         return len(self.arrival_s)
 
     def __iter__(self) -> Iterator[Request]:
-        for i, row in enumerate(zip(*(c.tolist() for c in self.columns()), strict=True)):
-            yield Request(i, *row)
+        rows = zip(*(c.tolist() for c in self.columns()), strict=True)
+        for i, (arrival_s, prompt, output, adapter, priority, prefix_id, tokens) in enumerate(rows):
+            yield Request(i, arrival_s, prompt, output, adapter, priority, self.prefix(prefix_id, tokens))

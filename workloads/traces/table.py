@@ -1,7 +1,7 @@
 """The generic trace table: `arrival_s, prompt_tokens, output_tokens, adapter` as CSV, JSONL or Parquet.
 
-Optional columns: `priority` (smaller first), `prefix_id` (any text; empty: none) and `prefix_tokens` (how much of the
-prompt is the common beginning of that `prefix_id`).
+Optional columns: `priority` (smaller first), `prefix_id` (any text; empty: none) and `prefix_tokens` (how many
+tokens are the common beginning of that `prefix_id`; a session's go on through the output).
 """
 
 from __future__ import annotations
@@ -116,15 +116,16 @@ def load(path: Path) -> tuple[RequestTable, tuple[str, ...]]:
         raise WorkloadError(f"{path}:{line}: arrival_s is before the row above, rows must be in order")
     if ("prefix_id" in table) != ("prefix_tokens" in table):
         raise WorkloadError(f"{path}:1: prefix_id and prefix_tokens must both be there, or neither")
-    too_long = columns.get("prefix_tokens", np.zeros(len(table))) > columns["prompt_tokens"]
+    longest = columns["prompt_tokens"] + columns["output_tokens"]
+    too_long = columns.get("prefix_tokens", np.zeros(len(table))) > longest
     if too_long.any():
         line = table.index[int(np.argmax(too_long))]
-        raise WorkloadError(f"{path}:{line}: prefix_tokens must be <= prompt_tokens")
+        raise WorkloadError(f"{path}:{line}: prefix_tokens must be <= prompt_tokens + output_tokens")
     adapter, names = _coded(table["adapter"])
     whole = {name: column.astype(np.int64) for name, column in columns.items() if name != "arrival_s"}
     if "prefix_id" in table:
         whole["prefix_id"] = _coded(table["prefix_id"])[0]
-    requests = RequestTable(columns["arrival_s"], adapter=adapter + 1 + BASE, **whole)
+    requests = RequestTable(columns["arrival_s"], adapter=adapter + 1 + BASE, **whole)  # type: ignore[arg-type]
     return requests, names
 
 
