@@ -19,7 +19,8 @@ from sim.metrics import summarise
 from sim.scenario import Scenario, load_scenario
 from sim.tables import RunTables
 from workloads.adapters import TARGET_MODULES, Adapter, Catalogue
-from workloads.build import Workload, build_workload
+from workloads.build import build_workload
+from workloads.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)

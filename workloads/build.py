@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from workloads.errors import WorkloadError
 from workloads.requests import RequestTable
 from workloads.traces import azure_llm, servegen
 from workloads.traces import table as trace_table
+from workloads.workload import Workload
 
 SAMPLES = {"azure_conv": "azure_conv_sample.csv", "servegen_m_large": "servegen_m_large"}
 _SOURCE = ("path", "sample", "start_s", "duration_s")
@@ -25,15 +25,6 @@ KEYS = {
     "servegen": (*_SOURCE, "rate_scale"),
     "table": ("path", "duration_s"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Requests, the names of adapters 1 … n, and what a reader of the results must know of how they were made."""
-
-    requests: RequestTable
-    adapter_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
 
 
 class _Table:
