@@ -1,4 +1,4 @@
-"""The command line: `multilora run | measure`."""
+"""The command line: `multilora run | measure | workload`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backend.errors import BackendError
+from sim import workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     measure.add_argument("--out", type=Path, required=True, help="the profile folder to make")
     measure.add_argument("--quick", action="store_true", help="a coarse grid, for a first look")
+    workload_cli.add_verbs(verbs)
     return top
 
 
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0, or 2 after one sentence on standard error."""
     args = parser().parse_args(argv)
     try:
-        {"run": _run, "measure": _measure}[args.verb](args)
+        {"run": _run, "measure": _measure, "workload": workload_cli.run}[args.verb](args)
     except (ScenarioError, WorkloadError, BackendError) as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2

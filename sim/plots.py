@@ -1,4 +1,4 @@
-"""The figure of a run."""
+"""Figures: of a run, and of a workload."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sim.metrics import latencies
 
 if TYPE_CHECKING:
     from sim.tables import RunTables
+    from workloads.requests import RequestTable
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 """Okabe and Ito's palette: told apart by colour-blind readers."""
@@ -39,6 +40,46 @@ def run_figure(tables: RunTables, caption: str, file: Path) -> None:
     values = np.sort(latencies(tables, censored=True)["ttft"])
     ttft.plot(np.maximum(values, 1e-3), np.arange(1, len(values) + 1) / max(1, len(values)), color=BLUE)
     ttft.set(xlabel="TTFT (ms)", ylabel="share of requests", title="Time to first token (censored)", xscale="log")
+    for axis in axes.flat:
+        axis.grid(visible=True, alpha=0.3)
+    figure.suptitle(caption, fontsize=9)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def workload_figure(requests: RequestTable, caption: str, file: Path) -> None:
+    """Rate over time, gaps, popularity by rank, LRU hit curves in order and shuffled, and the lengths."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from workloads.describe import hit_curves
+    from workloads.requests import BASE
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    rate, skew, reuse, tokens = axes.flat
+    times, adapter = requests.arrival_s, requests.adapter[requests.adapter != BASE]
+    edges = np.linspace(0, max(float(times[-1]), 1e-9), 121)
+    rate.step(edges[:-1], np.histogram(times, edges)[0] / np.diff(edges), color=BLUE, where="post")
+    rate.set(xlabel="time (s)", ylabel="requests / s", title="Arrivals", ylim=(0, None))
+    if len(adapter):
+        counts = np.sort(np.bincount(adapter))[::-1]
+        counts = counts[counts > 0]
+        skew.plot(np.arange(1, len(counts) + 1), counts / counts.sum(), color=BLUE)
+        slots = np.unique(np.geomspace(1, max(2, len(counts)), 40).astype(int))
+        for curve, style, label in zip(hit_curves(adapter, slots), ("-", "--"), ("in order", "shuffled"), strict=True):
+            reuse.plot(slots, 100 * curve, color=BLUE if style == "-" else ORANGE, linestyle=style, label=label)
+        reuse.legend(frameon=False)
+    skew.set(xlabel="rank of the adapter", ylabel="share of requests", title="Popularity")
+    reuse.set(xlabel="LRU slots", ylabel="hits (%)", title="Adapter reuse", ylim=(0, 100))
+    if len(adapter):
+        skew.set(xscale="log", yscale="log")
+        reuse.set(xscale="log")
+    for name, column, colour in (("prompt", requests.prompt_tokens, BLUE), ("output", requests.output_tokens, ORANGE)):
+        tokens.plot(np.sort(column), np.linspace(0, 1, len(column)), color=colour, label=name)
+    tokens.set(xlabel="tokens", ylabel="share of requests", title="Lengths", xscale="log")
+    tokens.legend(frameon=False)
     for axis in axes.flat:
         axis.grid(visible=True, alpha=0.3)
     figure.suptitle(caption, fontsize=9)

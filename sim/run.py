@@ -85,7 +85,7 @@ def run_scenario(
     scenario = replace(
         scenario, backend=backend or scenario.backend, profile=profile or scenario.profile, workload=workload_table
     )
-    target = run_dir.choose(scenario, out)
+    target = run_dir.choose(scenario.name, out)
     geometry = load_geometry(scenario.geometry)
     workload = build_workload(
         scenario.workload, adapter_count=scenario.adapter_count, seed=scenario.seed, base_dir=scenario.base_dir

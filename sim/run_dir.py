@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from sim.tables import RunTables
 
 
-def choose(scenario: Scenario, out: Path | None) -> Path:
-    """The directory a run will have: `out`, which must be new, or a fresh one under `runs/`.
+def choose(name: str, out: Path | None) -> Path:
+    """The directory that results called `name` will have: `out`, which must be new, or a fresh one under `runs/`.
 
-    Nothing is made yet, but a place that cannot be written to is told before the simulation and not after it.
+    Nothing is made yet, but a place that cannot be written to is told before the work and not after it.
     """
     if out is None:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
-        out = Path("runs") / f"{scenario.name}-{stamp}"
+        out = Path("runs") / f"{name}-{stamp}"
     if out.exists():
         raise ScenarioError(f"--out {out}: exists already; name a new directory")
     above = next(folder for folder in out.absolute().parents if folder.exists())
@@ -37,17 +37,26 @@ def choose(scenario: Scenario, out: Path | None) -> Path:
 
 
 def write(out: Path, scenario: Scenario, tables: RunTables, summary: Mapping[str, object], caption: str) -> None:
-    """Write a run's files beside `out` and move them there in one step."""
+    """Write a run's files."""
+
+    def fill(folder: Path) -> None:
+        (folder / "scenario.toml").write_text(tomli_w.dumps(scenario.resolved()))
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        tables.requests.to_parquet(folder / "requests.parquet", index=False)
+        tables.steps.to_parquet(folder / "steps.parquet", index=False)
+        tables.adapters.to_parquet(folder / "adapters.parquet", index=False)
+        run_figure(tables, caption, folder / "figure.png")
+
+    publish(out, fill)
+
+
+def publish(out: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write files beside `out`, and move them there in one step. Raises `ScenarioError` if that fails."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / "scenario.toml").write_text(tomli_w.dumps(scenario.resolved()))
-        (partial / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        tables.requests.to_parquet(partial / "requests.parquet", index=False)
-        tables.steps.to_parquet(partial / "steps.parquet", index=False)
-        tables.adapters.to_parquet(partial / "adapters.parquet", index=False)
-        run_figure(tables, caption, partial / "figure.png")
+        fill(partial)
         partial.rename(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -24,7 +24,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/tr
 def test_azure_slices(name: str) -> None:
     key = f"azure_llm_2023/AzureLLMInferenceTrace_{name}.csv"
     facts = json.loads((SHARED / "expected.json").read_text())[key]
-    arrival, prompt, output = azure_llm.load(SHARED / key)
+    arrival, prompt, output, *_ = azure_llm.load(SHARED / key).requests.columns()
     assert len(arrival) == facts["rows"]
     assert (prompt.sum(), output.sum()) == (facts["sum_context"], facts["sum_generated"])
     assert (prompt.max(), output.max()) == (facts["max_context"], facts["max_generated"])
@@ -32,7 +32,7 @@ def test_azure_slices(name: str) -> None:
 
 
 def test_azure_sample() -> None:
-    arrival, prompt, _ = azure_llm.load(DATA / "azure_conv_sample.csv")
+    arrival, prompt, *_ = azure_llm.load(DATA / "azure_conv_sample.csv").requests.columns()
     assert len(arrival) == 2867
     assert arrival[0] == 0
     assert arrival[-1] < 600
@@ -76,13 +76,25 @@ def write(path: Path, text: str) -> Path:
             r"t\.csv:3: TIME",
         ),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,x", r"t\.csv:2"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,0", r"t\.csv:2: token counts"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,-1", r"t\.csv:2: GeneratedTokens is '-1'"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3,0", r"t\.csv: no row has prompt and output"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,3", r"t\.csv:2: 2 fields"),
     ],
 )
 def test_bad_azure_rows(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(WorkloadError, match=says):
         azure_llm.load(write(tmp_path / "t.csv", text))
+
+
+def test_azure_rows_without_tokens_are_left_out_and_offsets_read(tmp_path: Path) -> None:
+    rows = [
+        "2024-05-10 00:00:00.009930+00:00,2162,5",
+        "2024-05-10 00:00:00.5+00:00,7,0",
+        "2024-05-10 00:00:01.009930+00:00,9,1",
+    ]
+    workload = azure_llm.load(write(tmp_path / "t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows)))
+    assert workload.requests.arrival_s.tolist() == [0.0, 1.0]
+    assert workload.notes == ("1 of 3 rows have no prompt or no output tokens: left out",)
 
 
 HEADER = "arrival_s,prompt_tokens,output_tokens,adapter\n"

@@ -2,117 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from workloads import arrivals, lengths, popularity
+from workloads import synth
 from workloads.errors import WorkloadError
+from workloads.reader import Reader, draw_lengths
 from workloads.requests import RequestTable
-from workloads.traces import azure_llm, servegen
+from workloads.traces import azure_functions, azure_llm, burstgpt, mooncake, servegen, vtc
 from workloads.traces import table as trace_table
 from workloads.workload import Workload
 
-SAMPLES = {"azure_conv": "azure_conv_sample.csv", "servegen_m_large": "servegen_m_large"}
-_SOURCE = ("path", "sample", "start_s", "duration_s")
-_DRAWN = ("popularity", "base_share")
-KEYS = {
-    "synthetic": ("arrival", "rate_rps", "cv", "duration_s", "prompt", "output", *_DRAWN),
-    "azure_llm": (*_SOURCE, "rate_scale", *_DRAWN),
-    "servegen": (*_SOURCE, "rate_scale"),
-    "table": ("path", "duration_s"),
+SAMPLES = {
+    "azure_conv": "azure_conv_sample.csv",
+    "servegen_m_large": "servegen_m_large",
+    "mooncake_conversation": "mooncake_conversation_sample.jsonl",
+    "vtc_arena": "vtc_arena_sample.jsonl",
+    "azure_functions_2019": "azure_functions_2019_sample.csv",
+    "azure_functions_2021": "azure_functions_2021_sample.csv",
 }
+"""Shipped slices of real traces: `workload.sample` by name."""
 
+_SOURCE = ("path", "sample", "start_s", "duration_s", "rate_scale")
+_CUT = (*_SOURCE, "thin")
+KEYS = {
+    "synthetic": synth.SYNTHETIC,
+    "clients": synth.CLIENTS,
+    "table": _CUT,
+    "vtc": _CUT,
+    "azure_llm": (*_CUT, *synth.IDENTITY),
+    "mooncake": (*_CUT, "spread", *synth.IDENTITY),
+    "burstgpt": (*_CUT, *synth.IDENTITY),
+    "servegen": _SOURCE,
+    "azure_functions_2019": (*_CUT, "prompt", "output"),
+    "azure_functions_2021": (*_CUT, "prompt", "output"),
+}
+"""`workload.kind` and the keys that it takes."""
 
-class _Table:
-    """A TOML table with typed reads; every error names the key."""
-
-    def __init__(self, data: Mapping[str, object], where: str, known: tuple[str, ...]) -> None:
-        self.data = data
-        self.where = where
-        for key in data:
-            if key not in known:
-                raise WorkloadError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
-
-    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
-        """A finite number above zero (or zero, where that means something); infinite only as a default."""
-        value = self.data.get(key, default)
-        want = f"must be a number {'>=' if zero else '>'} 0"
-        if value is None:
-            raise WorkloadError(f"{self.where}.{key} is missing, {want}")
-        sound = isinstance(value, int | float) and not isinstance(value, bool)
-        number = float(value) if isinstance(value, int | float) else 0.0
-        finite = number < float("inf") or key not in self.data
-        if not (sound and finite and (number > 0 or (zero and number == 0))):
-            raise WorkloadError(f"{self.where}.{key} is {value!r}, {want}")
-        return number
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least one."""
-        value = self.data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise WorkloadError(
-                f"{self.where}.{key} is {'missing' if value is None else repr(value)}, must be a whole number >= 1"
-            )
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.data.get(key, default)
-        if not isinstance(value, str):
-            raise WorkloadError(f"{self.where}.{key} is {value!r}, must be a text")
-        return value
-
-    def sub(self, key: str, known: Mapping[str, tuple[str, ...]]) -> tuple[str, _Table]:
-        """A nested table with a `kind`, and its kind."""
-        value = self.data.get(key)
-        where = f"{self.where}.{key}"
-        kind = value.get("kind") if isinstance(value, Mapping) else None
-        if not isinstance(value, Mapping) or not isinstance(kind, str) or kind not in known:
-            raise WorkloadError(f"{where} must be a table with kind = one of {', '.join(known)}; got {value!r}")
-        return kind, _Table(value, where, ("kind", *known[kind]))
-
-
-def _lengths(table: _Table, key: str, size: int, rng: np.random.Generator, base_dir: Path) -> npt.NDArray[np.int64]:
-    kinds = {"fixed": ("tokens",), "lognormal": ("median", "sigma", "min", "max"), "empirical": ("path",)}
-    kind, sub = table.sub(key, kinds)
-    if kind == "fixed":
-        return lengths.fixed(sub.whole("tokens"), size)
-    if kind == "empirical":
-        return lengths.empirical(lengths.read_histogram(base_dir / sub.text("path")), size, rng)
-    low, high = sub.whole("min", 1), sub.whole("max", 1 << 20)
-    return lengths.lognormal(sub.number("median"), sub.number("sigma", zero=True), low, high, size, rng)
-
-
-def _adapters(table: _Table, count: int | None, size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    if not count:
-        raise WorkloadError("adapters.count is missing, must be >= 1 where the workload draws adapters")
-    kinds = {"uniform": (), "zipf": ("s",), "zipf_mandelbrot": ("s", "q"), "slora_power": ("alpha",)}
-    kind, sub = table.sub("popularity", kinds)
-    if kind == "slora_power":
-        drawn = popularity.slora_power(count, size, sub.number("alpha"), rng)
-    else:
-        s = 0.0 if kind == "uniform" else sub.number("s")
-        q = sub.number("q", zero=True) if kind == "zipf_mandelbrot" else 0.0
-        drawn = popularity.zipf_mandelbrot(count, size, s, q, rng)
-    return popularity.with_base(drawn, table.number("base_share", 0.0, zero=True), rng)
-
-
-def _source(table: _Table, base_dir: Path) -> Path:
-    if "sample" in table.data:
-        name = table.text("sample")
-        if name not in SAMPLES or "path" in table.data:
-            raise WorkloadError(
-                f"{table.where}.sample is {name}, must be one of {', '.join(SAMPLES)}, and without path"
-            )
-        return Path(str(files("workloads") / "data" / SAMPLES[name]))
-    return base_dir / table.text("path")
-
-
-def _names(count: int) -> tuple[str, ...]:
-    return tuple(f"adapter-{i}" for i in range(1, count + 1))
+Maker = Callable[[Reader, int | None, np.random.Generator], Workload]
 
 
 def build_workload(data: Mapping[str, object], *, adapter_count: int | None, seed: int, base_dir: Path) -> Workload:
@@ -123,51 +55,122 @@ def build_workload(data: Mapping[str, object], *, adapter_count: int | None, see
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in KEYS:
         raise WorkloadError(f"workload.kind is {kind!r}, must be one of {', '.join(KEYS)}")
-    table = _Table(data, "workload", ("kind", *KEYS[kind]))
-    rng = np.random.default_rng(seed)
-    maker = {"synthetic": _synthetic, "azure_llm": _azure, "servegen": _servegen, "table": _table}[kind]
-    workload = maker(table, adapter_count, rng, base_dir)
+    table = Reader(data, "workload", ("kind", *KEYS[kind]), base_dir)
+    workload = MAKERS[kind](table, adapter_count, np.random.default_rng(seed))
     if len(workload.requests) == 0:
         raise WorkloadError("workload: no request in the chosen time; lengthen duration_s or raise the rate")
     return workload
 
 
-def _synthetic(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
-    process = table.text("arrival", "poisson")
-    if process not in ("poisson", "gamma") or (process == "poisson" and "cv" in table.data):
-        raise WorkloadError(f"workload.arrival is {process}, must be poisson (without cv) or gamma (with cv)")
-    cv = table.number("cv") if process == "gamma" else 1.0
-    times = arrivals.gamma(table.number("rate_rps"), table.number("duration_s"), cv, rng)
-    prompt, output = (_lengths(table, key, len(times), rng, base_dir) for key in ("prompt", "output"))
-    adapter = _adapters(table, count, len(times), rng)
-    return Workload(RequestTable(times, prompt, output, adapter), _names(count or 0))
+def source(table: Reader) -> Path:
+    """The file or folder that `path` or `sample` names."""
+    if "sample" in table.data:
+        name = table.text("sample")
+        if name not in SAMPLES or "path" in table.data:
+            raise WorkloadError(
+                f"{table.where}.sample is {name}, must be one of {', '.join(SAMPLES)}, and without path"
+            )
+        return Path(str(files("workloads") / "data" / SAMPLES[name]))
+    return table.path("path")
 
 
-def _azure(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
-    times, prompt, output = azure_llm.load(_source(table, base_dir))
-    times = (times - table.number("start_s", 0.0, zero=True)) / table.number("rate_scale", 1.0)
+def _window(table: Reader, requests: RequestTable, rng: np.random.Generator) -> RequestTable:
+    """The requests from `start_s` on, their clock `rate_scale` times as fast, for `duration_s`; `thin` keeps a share."""
+    times = (requests.arrival_s - table.number("start_s", 0.0, zero=True)) / table.number("rate_scale", 1.0)
     keep = (times >= 0) & (times < table.number("duration_s", float("inf")))
-    times, prompt, output = times[keep], prompt[keep], output[keep]
-    adapter = _adapters(table, count, len(times), rng)
-    notes = ("the trace names no adapters: they are drawn independently of it",)
-    return Workload(RequestTable(times, prompt, output, adapter), _names(count or 0), notes)
+    share = table.number("thin", 1.0)
+    if share > 1:
+        raise WorkloadError(f"{table.where}.thin is {share}, must be > 0 and <= 1: the share of requests that is kept")
+    if share < 1:
+        keep &= rng.random(len(keep)) < share
+    return replace(requests.take(keep), arrival_s=times[keep])
 
 
-def _servegen(table: _Table, count: int | None, rng: np.random.Generator, base_dir: Path) -> Workload:
-    clients = servegen.load(_source(table, base_dir))
+def _named(load: Callable[[Path], Workload]) -> Maker:
+    """A trace that says which adapter each request is for."""
+
+    def make(table: Reader, count: int | None, rng: np.random.Generator) -> Workload:
+        workload = load(source(table))
+        found = len(workload.adapter_names)
+        if count is not None and count != found:
+            raise WorkloadError(f"adapters.count is {count}, but the trace names {found} adapters; leave the key out")
+        return replace(workload, requests=_window(table, workload.requests, rng))
+
+    return make
+
+
+def _drawn(load: Callable[[Reader], Workload]) -> Maker:
+    """A trace without identities: its adapters are drawn."""
+
+    def make(table: Reader, count: int | None, rng: np.random.Generator) -> Workload:
+        workload = load(table)
+        requests = _window(table, workload.requests, rng)
+        requests = replace(requests, adapter=synth.draw_adapters(table, count, requests.arrival_s, rng))
+        notes = (*workload.notes, "the trace names no adapters: they are drawn independently of it")
+        return Workload(requests, synth.names(count or 0), notes)
+
+    return make
+
+
+def _servegen(table: Reader, count: int | None, rng: np.random.Generator) -> Workload:
+    clients = servegen.load(source(table))
     if count is not None and count != len(clients):
         raise WorkloadError(f"adapters.count is {count}, but the trace has {len(clients)} clients; leave the key out")
     start, duration = table.number("start_s", 0.0, zero=True), table.number("duration_s")
     times, prompt, output, adapter, notes = servegen.draw(
         clients, start, duration, table.number("rate_scale", 1.0), rng
     )
-    names = tuple(f"client-{c.client}" for c in clients)
-    return Workload(RequestTable(times, prompt, output, adapter), names, notes)
+    return Workload(RequestTable(times, prompt, output, adapter), tuple(f"client-{c.client}" for c in clients), notes)
 
 
-def _table(table: _Table, count: int | None, _: np.random.Generator, base_dir: Path) -> Workload:
-    requests, names = trace_table.load(_source(table, base_dir))
-    if count is not None and count != len(names):
-        raise WorkloadError(f"adapters.count is {count}, but the trace names {len(names)} adapters; leave the key out")
-    within = int(np.searchsorted(requests.arrival_s, table.number("duration_s", float("inf"))))
-    return Workload(requests.take(slice(within)), names)
+def _functions_2019(table: Reader, count: int | None, rng: np.random.Generator) -> Workload:
+    counts = azure_functions.load_counts(source(table))
+    times, function = azure_functions.draw_arrivals(counts, rng)
+    note = "invocations are counted by the minute: they are spread at random within it"
+    return _invoked(table, count, rng, (times, function, counts.names), (note,))
+
+
+def _functions_2021(table: Reader, count: int | None, rng: np.random.Generator) -> Workload:
+    return _invoked(table, count, rng, azure_functions.load_invocations(source(table)), ())
+
+
+def _invoked(
+    table: Reader,
+    count: int | None,
+    rng: np.random.Generator,
+    invocations: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], tuple[str, ...]],
+    notes: tuple[str, ...],
+) -> Workload:
+    """Invocations as requests: a function is an adapter, or one of `count` in turn; lengths are drawn."""
+    times, function, names = invocations
+    adapter, note = azure_functions.fold(function, count)
+    ones = np.ones(len(times), dtype=np.int64)
+    requests = _window(table, RequestTable(times, ones, ones, adapter), rng)
+    prompt, output = (draw_lengths(table, key, len(requests), rng) for key in ("prompt", "output"))
+    requests = replace(requests, prompt_tokens=prompt, output_tokens=output)
+    return Workload(requests, names if count is None else synth.names(count), (*notes, note))
+
+
+def _mooncake(table: Reader) -> Workload:
+    spread = table.data.get("spread", True)
+    if not isinstance(spread, bool):
+        raise WorkloadError(f"{table.where}.spread is {spread!r}, must be true or false")
+    return mooncake.load(source(table), spread=spread)
+
+
+def _table(path: Path) -> Workload:
+    return Workload(*trace_table.load(path))
+
+
+MAKERS: Mapping[str, Maker] = {
+    "synthetic": synth.synthetic,
+    "clients": synth.clients,
+    "table": _named(_table),
+    "vtc": _named(vtc.load),
+    "azure_llm": _drawn(lambda table: azure_llm.load(source(table))),
+    "mooncake": _drawn(_mooncake),
+    "burstgpt": _drawn(lambda table: burstgpt.load(source(table))),
+    "servegen": _servegen,
+    "azure_functions_2019": _functions_2019,
+    "azure_functions_2021": _functions_2021,
+}

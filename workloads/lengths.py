@@ -30,6 +30,22 @@ def lognormal(median: float, sigma: float, low: int, high: int, size: int, rng: 
     return np.clip(np.rint(rng.lognormal(np.log(median), sigma, size)), low, high).astype(np.int64)
 
 
+def quantiles(
+    tokens: npt.NDArray[np.float64], size: int, rng: np.random.Generator, shares: npt.NDArray[np.float64] | None = None
+) -> IntArray:
+    """Draws between quantiles: a share `shares[i]` of the draws is at most `tokens[i]`, straight in between.
+
+    `shares`: from 0 to 1, rising; evenly spaced where left out.
+    """
+    if len(tokens) < 2 or tokens[0] < 1 or (np.diff(tokens) < 0).any():
+        raise WorkloadError("quantiles need at least two token counts >= 1, in rising order")
+    grid = np.linspace(0, 1, len(tokens)) if shares is None else shares
+    if len(grid) != len(tokens) or grid[0] != 0 or grid[-1] != 1 or (np.diff(grid) <= 0).any():
+        raise WorkloadError("quantiles need a share for each token count, rising from 0 to 1")
+    drawn = np.interp(rng.random(size), grid, tokens)
+    return np.rint(drawn).astype(np.int64)
+
+
 def empirical(histogram: Mapping[int, float], size: int, rng: np.random.Generator) -> IntArray:
     """Draws from a histogram {tokens: weight}; zero-token bins count as one token."""
     values = np.maximum(np.array(list(histogram), dtype=np.int64), 1)

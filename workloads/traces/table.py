@@ -1,7 +1,8 @@
 """The generic trace table: `arrival_s, prompt_tokens, output_tokens, adapter` as CSV, JSONL or Parquet.
 
 Optional columns: `priority` (smaller first), `prefix_id` (any text; empty: none) and `prefix_tokens` (how many
-tokens are the common beginning of that `prefix_id`; a session's go on through the output).
+tokens are the common beginning of that `prefix_id`; a session's go on through the output), or `prefix_path`: where
+beginnings grow out of one another, `end_tokens:id` pairs from the root, separated by spaces.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from workloads.errors import WorkloadError
-from workloads.requests import BASE, RequestTable
+from workloads.requests import BASE, NO_PREFIX, PrefixTree, RequestTable
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens", "adapter")
-OPTIONAL = ("priority", "prefix_id", "prefix_tokens")
+OPTIONAL = ("priority", "prefix_id", "prefix_tokens", "prefix_path")
 _LIMIT = 2**31
 
 
@@ -30,7 +31,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
             # Only an empty cell is empty: pandas would also take an adapter named NA or null for the base model.
             table = pd.read_csv(
                 path,
-                dtype={"adapter": str, "prefix_id": str},
+                dtype={"adapter": str, "prefix_id": str, "prefix_path": str},
                 keep_default_na=False,
                 na_values=[""],
                 skip_blank_lines=False,
@@ -125,8 +126,46 @@ def load(path: Path) -> tuple[RequestTable, tuple[str, ...]]:
     whole = {name: column.astype(np.int64) for name, column in columns.items() if name != "arrival_s"}
     if "prefix_id" in table:
         whole["prefix_id"] = _coded(table["prefix_id"])[0]
-    requests = RequestTable(columns["arrival_s"], adapter=adapter + 1 + BASE, **whole)  # type: ignore[arg-type]
+    tree = None
+    if "prefix_path" in table:
+        if "prefix_id" in table:
+            raise WorkloadError(f"{path}:1: prefix_path and prefix_id: give one of them")
+        texts = table["prefix_path"].fillna("").astype(str)
+        whole["prefix_id"], whole["prefix_tokens"], tree = _tree(texts, longest, path)
+    requests = RequestTable(columns["arrival_s"], adapter=adapter + 1 + BASE, tree=tree, **whole)
     return requests, names
+
+
+def _tree(
+    paths: pd.Series[str], longest: npt.NDArray[np.float64], file: Path
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], PrefixTree]:
+    """(leaf, tokens) of each row and the tree of all its `prefix_path`s. A node is an id under its parent.
+
+    A path may end inside a node, so a node reaches as far as the longest path through it.
+    """
+    nodes: dict[tuple[int, str], int] = {}
+    ends: list[int] = []
+    leaves, tokens = np.full(len(paths), NO_PREFIX), np.zeros(len(paths), dtype=np.int64)
+    for row, (line, text) in enumerate(paths.items()):
+        leaf, last = NO_PREFIX, 0
+        for pair in text.split():
+            end, _, name = pair.partition(":")
+            if not (end.isascii() and end.isdigit() and name and last < int(end) <= longest[row]):
+                raise WorkloadError(
+                    f"{file}:{line}: prefix_path has {pair!r}, must be end_tokens:id with rising ends up to prompt_tokens"
+                    " + output_tokens"
+                )
+            last = int(end)
+            leaf = nodes.setdefault((leaf, name), len(nodes))
+            if leaf == len(ends):
+                ends.append(last)
+            ends[leaf] = max(ends[leaf], last)
+        leaves[row], tokens[row] = leaf, last
+    parents = np.array([parent for parent, _ in nodes], dtype=np.int64)
+    try:
+        return leaves, tokens, PrefixTree(parents, np.array(ends, dtype=np.int64))
+    except WorkloadError as error:
+        raise WorkloadError(f"{file}: prefix_path: an id ends behind one that continues it in another row") from error
 
 
 def _coded(column: pd.Series[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
