@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,29 @@ def test_azure_sample() -> None:
 
 
 @needs_shared
-def test_servegen_day_has_its_requests() -> None:
-    clients = servegen.load(SHARED / "servegen" / "language" / "m-large")
-    assert len(clients) == 162
-    assert sum(any(w.rate > 0 for w in c.windows) for c in clients) == 101
-    assert sum(not c.lengths for c in clients if any(w.rate > 0 for w in c.windows)) == 15
-    total = sum(w.rate * 600 for c in clients for w in c.windows)
-    assert total == pytest.approx(round(total), abs=1e-3)
+@pytest.mark.parametrize("key", ["servegen/language/m-large", "servegen/reason/deepseek-r1"])
+def test_servegen_slices(key: str) -> None:
+    facts = json.loads((SHARED / "expected.json").read_text())[key]
+    clients = servegen.load(SHARED / key)
+    assert len(clients) == facts["clients"]
+    assert {len(c.windows) for c in clients} == {facts["windows_per_client"]}
+    starts = [w.start_s for c in clients for w in c.windows]
+    assert (min(starts), max(starts)) == (facts["first_ts"], facts["last_ts"])
+    requests = {c.client: sum(w.rate for w in c.windows) * 600 for c in clients}
+    total = sum(requests.values())
+    assert total == pytest.approx(facts["requests"], abs=1e-3)
+    assert total / 600 / facts["windows_per_client"] == pytest.approx(facts["mean_total_rate"], abs=1e-6)
+    assert sum(r > 0 for r in requests.values()) == facts["active_clients"]
+    ranked = sorted(requests, key=requests.__getitem__, reverse=True)
+    assert ranked[0] == facts["top1_client"]
+    assert requests[ranked[0]] / total == pytest.approx(facts["top1_share"], abs=1e-5)
+    active = [requests[c] for c in ranked if requests[c] > 0]
+    assert sum(active[: -(-len(active) // 10)]) / total == pytest.approx(facts["top10pct_share"], abs=1e-5)
+    patterns = Counter(w.pattern or "none" for c in clients for w in c.windows)
+    assert dict(patterns) == facts["patterns"]
+    bare = [c.client for c in clients if requests[c.client] > 0 and not c.lengths]
+    assert bare == facts["active_without_any_lengths"]
+    assert {start for c in clients for start, _, _ in c.lengths} <= set(facts["dataset_windows"])
 
 
 def test_servegen_draws_each_window_as_often_as_it_says() -> None:
