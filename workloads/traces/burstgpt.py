@@ -16,13 +16,15 @@ from workloads.traces.rows import csv_rows, seconds, whole_text
 from workloads.workload import Workload
 
 HEADER = ["Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"]
+LATER = {"Session ID", "Elapsed time"}
+"""Columns that later parts of the trace add; they are not read."""
 
 
 def load(path: Path) -> Workload:
     """The requests that were answered, `arrival_s` from the first of them; all for the base model."""
     rows = csv_rows(path, "a BurstGPT trace")
     line, header = next(rows)
-    if header != HEADER:
+    if header[: len(HEADER)] != HEADER or not set(header[len(HEADER) :]) <= LATER:
         raise WorkloadError(f"{path}:{line}: columns are {','.join(header)}, must be {','.join(HEADER)}")
     kept: list[tuple[float, int, int]] = []
     models: Counter[str] = Counter()
