@@ -1,4 +1,4 @@
-"""The command line: `multilora run | measure | workload`."""
+"""The command line: `multilora run | measure | sweep | workload`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     measure.add_argument("--out", type=Path, required=True, help="the profile folder to make")
     measure.add_argument("--quick", action="store_true", help="a coarse grid, for a first look")
+    sweep = verbs.add_parser("sweep", help="run a scenario over a grid of settings; the same command takes it up again")
+    sweep.add_argument("scenario", help="a TOML file, or a shipped scenario (demo-servegen, demo-azure)")
+    sweep.add_argument("--set", action="append", required=True, metavar="TABLE.KEY=V1,V2,…", help="values to try")
+    sweep.add_argument("--seeds", type=int, default=1, help="seeds a setting (default 1)")
+    sweep.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    sweep.add_argument("--executor", choices=("local", "ray"), default="local")
+    sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
+    sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")
     workload_cli.add_verbs(verbs)
     return top
 
@@ -51,6 +59,35 @@ def _measure(args: argparse.Namespace) -> None:
     profile = measure_profile(geometry=load_geometry(args.geometry), device=args.device, out=args.out, quick=args.quick)
     facts = profile.accuracy
     print(f"held-out random steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
+    print(args.out)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from sim.scenario import load_scenario
+    from sim.sweep import parse_sets, sweep
+    from sim.sweep_plots import sweep_figures
+    from sim.verdict import THROUGHPUT, TPOT, TTFT, verdicts
+
+    sets = parse_sets(args.set)
+    results = sweep(
+        args.scenario,
+        sets,
+        out=args.out,
+        seeds=args.seeds,
+        jobs=args.jobs,
+        executor=args.executor,
+        backend=args.backend,
+    )
+    shown = [*sets, "seed", "status", THROUGHPUT, TTFT, TPOT, "num_gpu_blocks", "adapter_hit_rate"]
+    print(results[shown].to_string(index=False, float_format=lambda v: f"{v:.3g}" if v < 10 else f"{v:.0f}"))
+    for message in results["error"].dropna().unique():
+        print(f"refused: {message}")
+    for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
+        print(sentence)
+    ok = results[results["status"] == "ok"].iloc[0]
+    error = f", profile MAPE {ok['profile_mape']:.1%}" if "profile_mape" in results else ""
+    runs = f"seeds {results['seed'].min()} to {results['seed'].max()}"
+    sweep_figures(results, list(sets), f"{Path(args.scenario).stem}, {ok['backend']}{error}, {runs}", args.out)
     print(args.out)
 
 
@@ -94,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0, or 2 after one sentence on standard error."""
     args = parser().parse_args(argv)
     try:
-        {"run": _run, "measure": _measure, "workload": workload_cli.run}[args.verb](args)
+        {"run": _run, "measure": _measure, "sweep": _sweep, "workload": workload_cli.run}[args.verb](args)
     except (ScenarioError, WorkloadError, BackendError) as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2

@@ -86,23 +86,30 @@ def run_scenario(
         scenario, backend=backend or scenario.backend, profile=profile or scenario.profile, workload=workload_table
     )
     target = run_dir.choose(scenario.name, out)
+    tables, summary, notes = execute(scenario, progress=sys.stderr.isatty())
+    caption = f"{scenario.name}, {summary['backend']}, seed {scenario.seed}"
+    run_dir.write(target, scenario, tables, summary, caption)
+    return RunResult(tables, summary, notes, target)
+
+
+def execute(scenario: Scenario, *, progress: bool = False) -> tuple[RunTables, dict[str, object], tuple[str, ...]]:
+    """Simulate `scenario` without writing anything: its tables, its summary, and what to know of its workload."""
     geometry = load_geometry(scenario.geometry)
     workload = build_workload(
         scenario.workload, adapter_count=scenario.adapter_count, seed=scenario.seed, base_dir=scenario.base_dir
     )
     catalogue = catalogue_of(scenario, workload)
     pinned = pinned_ids(scenario, catalogue)
-    gpu_bytes = None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30))
     opened = open_backend(
         scenario.backend,
         geometry=geometry,
         limits=limits_of(scenario.engine),
         profile=scenario.profile,
-        gpu_bytes=gpu_bytes,
+        gpu_bytes=None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30)),
         seed=scenario.seed,
     )
     try:
-        with tqdm(total=len(workload.requests), unit="req", disable=not sys.stderr.isatty(), delay=2) as bar:
+        with tqdm(total=len(workload.requests), unit="req", disable=not progress, delay=2) as bar:
 
             def advance(_: float, finished: int) -> None:
                 if finished >= 0:
@@ -118,24 +125,22 @@ def run_scenario(
                 horizon_s=scenario.horizon_s,
                 on_step=advance,
             )
-        sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
-        tables.adapters.insert(3, "nbytes", sizes)
         executed = getattr(opened, "steps_executed", 0)
         blocks = opened.capacity().num_gpu_blocks
     finally:
         opened.close()
-    source = scenario.backend if scenario.backend != "profile" else f"profile {scenario.profile}"
+    sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
+    tables.adapters.insert(3, "nbytes", sizes)
     summary: dict[str, object] = {
         "scenario": scenario.name,
-        "backend": source,
+        "backend": scenario.backend if scenario.backend != "profile" else f"profile {scenario.profile}",
         "seed": scenario.seed,
         "num_gpu_blocks": blocks,
         "steps_executed_on_device": executed,
         **summarise(tables),
         **profile_facts(scenario),
     }
-    run_dir.write(target, scenario, tables, summary, f"{scenario.name}, {source}, seed {scenario.seed}")
-    return RunResult(tables, summary, workload.notes, target)
+    return tables, summary, workload.notes
 
 
 def profile_facts(scenario: Scenario) -> dict[str, object]:

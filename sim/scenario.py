@@ -21,6 +21,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "adapters": ("count", "rank", "ranks", "target_modules", "pinned"),
     "workload": (),
     "backend": ("kind", "profile", "gpu_memory_gib"),
+    "slo": ("p99_ttft_ms", "p99_tpot_ms"),
     "run": ("seed", "horizon_s", "check"),
 }
 """Tables and their keys; `[workload]` is checked where it is built."""
@@ -43,6 +44,7 @@ class Scenario:
     backend: str
     profile: str | None
     gpu_memory_gib: float | None
+    slo: Mapping[str, float]
     seed: int
     horizon_s: float | None
     check: bool
@@ -68,9 +70,11 @@ class Scenario:
             "adapters": adapters,
             "workload": workload,
             "backend": backend,
+            "slo": dict(self.slo),
             "run": {"seed": self.seed, "horizon_s": self.horizon_s, "check": self.check},
         }
-        return {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
+        kept = {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
+        return {name: table for name, table in kept.items() if table}
 
 
 def find(name_or_path: str) -> Path:
@@ -88,13 +92,17 @@ def find(name_or_path: str) -> Path:
 def load_scenario(name_or_path: str) -> Scenario:
     """Read and check a scenario. Raises `ScenarioError` with the key, or file and line."""
     path = find(name_or_path)
+    return from_tables(read_tables(path), path.stem, path.parent)
+
+
+def read_tables(path: Path) -> dict[str, object]:
+    """The tables of a scenario file, unchecked. Raises `ScenarioError` with file and line."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ScenarioError(f"{path}{_line(str(error))}: not TOML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return from_tables(data, path.stem, path.parent)
 
 
 def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenario:
@@ -126,6 +134,7 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
         backend=get.text("backend", "kind") or "profile",
         profile=None if profile is None else _locate(profile, shipped_profiles(), base_dir),
         gpu_memory_gib=get.number("backend", "gpu_memory_gib", above=0),
+        slo={key: float(get.number("slo", key, above=0) or 0) for key in get.table("slo")},
         seed=int(get.number("run", "seed", whole=True, above=-1) or 0),
         horizon_s=get.number("run", "horizon_s", above=0),
         check=get.flag("run", "check") or False,

@@ -1,0 +1,191 @@
+"""Sweeps: the grid, rows that survive a kill, the same table from any number of processes, and the planner's sentence."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sim.cli import main
+from sim.errors import ScenarioError
+from sim.sweep import Point, grid, parse_sets, sweep, with_settings
+from sim.verdict import THROUGHPUT, TPOT, TTFT, verdicts
+
+SCENARIO = """
+[model]
+geometry = "llama-3.1-8b"
+[engine]
+max_cpu_loras = 16
+max_model_len = 2048
+[adapters]
+count = 8
+rank = 16
+[workload]
+kind = "synthetic"
+rate_rps = 20
+duration_s = 8
+prompt = { kind = "fixed", tokens = 60 }
+output = { kind = "lognormal", median = 20, sigma = 0.6 }
+popularity = { kind = "zipf", s = 1.0 }
+[backend]
+kind = "profile"
+profile = "h100-llama-3.1-8b"
+"""
+SETS = {"engine.max_loras": [1, 2, 8], "workload.rate_rps": [10, 30]}
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    file = tmp_path / "s.toml"
+    file.write_text(SCENARIO)
+    return file
+
+
+def test_sets_are_toml_values_or_texts() -> None:
+    assert parse_sets(["engine.max_loras=1,2", "engine.scheduling_policy=fcfs,sjf", "engine.watermark=0.5"]) == {
+        "engine.max_loras": [1, 2],
+        "engine.scheduling_policy": ["fcfs", "sjf"],
+        "engine.watermark": [0.5],
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["engine.max_loras"], "must be TABLE.KEY=VALUE"),
+        (["max_loras=1"], "must be TABLE.KEY=VALUE"),
+        (["engine.max_loras="], "must be TABLE.KEY=VALUE"),
+        (["engine.max_loras=1,1"], "a value comes twice"),
+        (["engine.max_loras=1", "engine.max_loras=2"], "given twice"),
+    ],
+)
+def test_sets_that_cannot_be(texts: list[str], says: str) -> None:
+    with pytest.raises(ScenarioError, match=says):
+        parse_sets(texts)
+
+
+def test_the_grid_has_every_combination_once() -> None:
+    points = grid(SETS, [3, 4])
+    assert len(points) == len({p.name for p in points}) == 12
+    assert points[0] == Point((("engine.max_loras", 1), ("workload.rate_rps", 10)), 3)
+    assert points[1].seed == 4
+
+
+def test_settings_reach_nested_tables_and_leave_the_original_alone() -> None:
+    tables = {"workload": {"popularity": {"kind": "zipf", "s": 1.0}}}
+    changed = with_settings(tables, Point((("workload.popularity.s", 2.0), ("slo.p99_ttft_ms", 5)), 7))
+    assert changed == {
+        "workload": {"popularity": {"kind": "zipf", "s": 2.0}}, "slo": {"p99_ttft_ms": 5}, "run": {"seed": 7},
+    }  # fmt: skip
+    assert tables["workload"]["popularity"]["s"] == 1.0
+    with pytest.raises(ScenarioError, match="no table"):
+        with_settings({"engine": 3}, Point((("engine.max_loras", 1),), 0))
+
+
+def test_any_number_of_processes_gives_the_same_table(scenario: Path, tmp_path: Path) -> None:
+    one = sweep(str(scenario), SETS, out=tmp_path / "one", seeds=2, jobs=1)
+    two = sweep(str(scenario), SETS, out=tmp_path / "two", seeds=2, jobs=2)
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert len(one) == 12
+    assert (one["status"] == "ok").all()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "one" / "results.parquet"), one)
+    slow = one[one["engine.max_loras"] == 1][TTFT].mean()
+    assert slow > 3 * one[one["engine.max_loras"] == 8][TTFT].mean()
+
+
+def test_rows_that_cannot_be_served_are_kept_as_such(scenario: Path, tmp_path: Path) -> None:
+    table = sweep(str(scenario), {"engine.max_loras": [8, 32]}, out=tmp_path / "o", jobs=1)
+    assert table["status"].tolist() == ["ok", "refused"]
+    assert "max_cpu_loras is 16, must be >= engine.max_loras (32)" in table["error"][1]
+    with pytest.raises(ScenarioError, match="not one of 1 runs can be served"):
+        sweep(str(scenario), {"engine.max_loras": [32]}, out=tmp_path / "p", jobs=1)
+
+
+def test_another_sweep_is_not_taken_up(scenario: Path, tmp_path: Path) -> None:
+    sweep(str(scenario), {"engine.max_loras": [2]}, out=tmp_path / "o", jobs=1)
+    with pytest.raises(ScenarioError, match="exists already and is not this sweep"):
+        sweep(str(scenario), {"engine.max_loras": [4]}, out=tmp_path / "o", jobs=1)
+
+
+def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tmp_path: Path) -> None:
+    whole = sweep(str(scenario), SETS, out=tmp_path / "whole", seeds=2, jobs=1)
+    out = tmp_path / "killed"
+    sets = [f"--set={key}={','.join(map(str, values))}" for key, values in SETS.items()]
+    command = [sys.executable, "-m", "sim.cli", "sweep", str(scenario), *sets, "--seeds=2", "--jobs=1", f"--out={out}"]
+    rng, kept = np.random.default_rng(0), {}
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("rows/*.json"))) <= len(kept) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        rows = {f.name: (f.stat().st_mtime_ns, json.loads(f.read_text())) for f in out.glob("rows/*.json")}
+        assert len(rows) > len(kept)
+        assert all(rows[name] == row for name, row in kept.items()), "a finished row was lost or run again"
+        kept = rows
+    assert len(kept) < len(whole)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert all((out / "rows" / name).stat().st_mtime_ns == at for name, (at, _) in kept.items())
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet"), whole, check_exact=True)
+
+
+def test_a_sweep_on_a_local_ray(scenario: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed (the extra [ray])")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        there = sweep(str(scenario), {"engine.max_loras": [1, 8]}, out=tmp_path / "ray", jobs=2, executor="ray")
+    finally:
+        ray.shutdown()
+    here = sweep(str(scenario), {"engine.max_loras": [1, 8]}, out=tmp_path / "here", jobs=1)
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+def results(rows: list[tuple[int, float, float, float]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=["engine.max_loras", THROUGHPUT, TTFT, TPOT])
+    return table.assign(status="ok", error=None)
+
+
+def test_the_verdict_by_hand() -> None:
+    """Throughput alone would hide the disaster: 8 slots give 98 % of the best throughput and a hundred times the wait."""
+    table = results(
+        [(8, 3062, 78_000, 30), (16, 3100, 20_000, 31), (32, 3128, 4000, 33), (64, 3120, 200, 36), (128, 2500, 150, 60)]
+    )
+    (sentence,) = verdicts(table, ["engine.max_loras"], {})
+    assert sentence.startswith("best: engine.max_loras = 64 with 3120 output tok/s, P99 TTFT 200 ms")
+    assert "About half of it: engine.max_loras = 32 with" in sentence
+    assert "About twice of it: engine.max_loras = 128 with 2500" in sentence
+    (sentence,) = verdicts(table, ["engine.max_loras"], {"p99_ttft_ms": 160.0})
+    assert sentence.startswith("best under p99_ttft_ms <= 160: engine.max_loras = 128")
+    (sentence,) = verdicts(table, ["engine.max_loras"], {"p99_ttft_ms": 500.0, "p99_tpot_ms": 20.0})
+    assert sentence.startswith(
+        "no engine.max_loras keeps p99_ttft_ms <= 500 and p99_tpot_ms <= 20; the lowest P99 TTFT has"
+    )
+
+
+def test_the_command_draws_and_says(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sweep", str(scenario), "--set", "engine.max_loras=1,8", "--set", "workload.rate_rps=10,30", "--jobs", "1"]
+    assert main([*argv, "--out", str(tmp_path / "o")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert sum("best: engine.max_loras = " in line for line in out) == 2
+    assert out[-1] == str(tmp_path / "o")
+    for name in ("lines.png", "lines.svg", "heat_maps.png", "heat_maps.svg"):
+        assert (tmp_path / "o" / name).stat().st_size > 5000
+
+
+def test_bad_flags(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, says in (
+        (["--set", "engine.max_lora=1"], "engine.max_lora: unknown key"),
+        (["--set", "x"], "must be TABLE.KEY"),
+        (["--set", "engine.max_loras=1", "--seeds", "0"], "seeds >= 1"),
+    ):
+        assert main(["sweep", str(scenario), *more, "--jobs", "1", "--out", str(tmp_path / "o")]) == 2
+        assert says in capsys.readouterr().err
