@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
-from scipy.special import gammaln
 
 from workloads.errors import WorkloadError
 
@@ -85,7 +84,9 @@ def mmpp(rps: FloatArray, mean_s: FloatArray, duration_s: float, rng: np.random.
 
 def _weibull_shape(cv: float) -> float:
     """The Weibull shape whose coefficient of variation is `cv`."""
-    return float(brentq(lambda k: gammaln(1 + 2 / k) - 2 * gammaln(1 + 1 / k) - np.log1p(cv**2), 0.05, 500.0))
+    from scipy.optimize import brentq  # a third of a second that other traffic need not wait for
+
+    return float(brentq(lambda k: math.lgamma(1 + 2 / k) - 2 * math.lgamma(1 + 1 / k) - math.log1p(cv**2), 0.05, 500.0))
 
 
 def _gaps(process: str, cv: float, count: int, rng: np.random.Generator) -> FloatArray:
@@ -94,7 +95,7 @@ def _gaps(process: str, cv: float, count: int, rng: np.random.Generator) -> Floa
     if process == "gamma":
         return rng.gamma(cv**-2, cv**2, count)
     shape = _weibull_shape(cv)
-    gaps: FloatArray = rng.weibull(shape, count) / np.exp(gammaln(1 + 1 / shape))
+    gaps: FloatArray = rng.weibull(shape, count) / math.gamma(1 + 1 / shape)
     return gaps
 
 
@@ -104,7 +105,7 @@ def _first_gap(process: str, cv: float, rng: np.random.Generator) -> float:
         spanning = rng.gamma(cv**-2 + 1, cv**2)
     elif process == "weibull":
         shape = _weibull_shape(cv)
-        spanning = rng.gamma(1 + 1 / shape) ** (1 / shape) / np.exp(gammaln(1 + 1 / shape))
+        spanning = rng.gamma(1 + 1 / shape) ** (1 / shape) / math.gamma(1 + 1 / shape)
     else:
         return float(rng.exponential(1.0))
     return float(spanning * rng.random())
