@@ -1,4 +1,4 @@
-"""The command line: `multilora run | measure | sweep | workload`."""
+"""The command line: `multilora run | sweep | report | measure | workload`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--executor", choices=("local", "ray"), default="local")
     sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")
+    report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
+    report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
     workload_cli.add_verbs(verbs)
     return top
 
@@ -60,6 +62,13 @@ def _measure(args: argparse.Namespace) -> None:
     facts = profile.accuracy
     print(f"held-out random steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
     print(args.out)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from sim.report import report
+
+    for file in report(args.directory):
+        print(file)
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -131,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0, or 2 after one sentence on standard error."""
     args = parser().parse_args(argv)
     try:
-        {"run": _run, "measure": _measure, "sweep": _sweep, "workload": workload_cli.run}[args.verb](args)
+        {"run": _run, "measure": _measure, "sweep": _sweep, "report": _report, "workload": workload_cli.run}[args.verb](
+            args
+        )
     except (ScenarioError, WorkloadError, BackendError) as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from sim.config import EngineConfig
 from sim.errors import ScenarioError
 from sim.replica import Process, Replica
 from sim.state import RequestState
-from sim.tables import RunTables, adapter_table, request_table, step_table
+from sim.tables import MoveRow, RunTables, StepRow, adapter_table, request_table, row_table
 from workloads.adapters import Catalogue
 from workloads.requests import BASE, Request, RequestTable
 
@@ -94,7 +94,8 @@ def simulate(
             on_step(env.now, sum(s.finish_s is not None for s in states) if done % 256 == 0 else -1)
     end = env.now if horizon_s is None else horizon_s
     table = request_table(states, {s.request.request_id for s in replica.scheduler.running})
-    return RunTables(table, step_table(replica.rows), adapter_table(catalogue, replica.uses, table), end)
+    adapters, steps = adapter_table(catalogue, replica.uses, table), row_table(replica.rows, StepRow)
+    return RunTables(table, steps, adapters, end, row_table(replica.moves, MoveRow))
 
 
 def limit(request: Request, config: EngineConfig) -> int:

@@ -16,9 +16,11 @@ from sim.state import RequestState
 
 
 class LoadLane:
-    """The adapters on their way. `carry_out` has the backend do a move and returns its seconds."""
+    """The adapters on their way. `carry_out` has the backend do a move that begins at a time, and returns its seconds."""
 
-    def __init__(self, env: simpy.Environment, manager: AdapterManager, carry_out: Callable[[Move], float]) -> None:
+    def __init__(
+        self, env: simpy.Environment, manager: AdapterManager, carry_out: Callable[[Move, float], float]
+    ) -> None:
         self.env = env
         self.manager = manager
         self.carry_out = carry_out
@@ -46,8 +48,9 @@ class LoadLane:
     def _load(self, adapter: int, kept: set[int]) -> list[Move]:
         self.manager.bring(adapter, kept)
         moves = self.manager.take()
-        seconds = sum(self.carry_out(move) for move in moves)
-        self._free_at = max(self._free_at, self.env.now) + seconds
+        self._free_at = max(self._free_at, self.env.now)
+        for move in moves:
+            self._free_at += self.carry_out(move, self._free_at)
         self.loading.add(adapter)
         self.env.process(self._arrive(adapter, self._free_at - self.env.now))
         return moves

@@ -10,6 +10,11 @@ import numpy as np
 from sim.metrics import latencies
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
+    import pandas as pd
+    from matplotlib.figure import Figure
+
     from sim.tables import RunTables
     from workloads.requests import RequestTable
 
@@ -17,7 +22,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 """Okabe and Ito's palette: told apart by colour-blind readers."""
 
 
-def run_figure(tables: RunTables, caption: str, file: Path) -> None:
+def run_figure(tables: RunTables, caption: str, file: Path | TextIO) -> None:
     """Queue and batch, KV use and adapter loads over time, and the latency distribution; `caption` says of what."""
     import matplotlib as mpl
 
@@ -43,8 +48,48 @@ def run_figure(tables: RunTables, caption: str, file: Path) -> None:
     for axis in axes.flat:
         axis.grid(visible=True, alpha=0.3)
     figure.suptitle(caption, fontsize=9)
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path | TextIO) -> None:
+    """As PNG or SVG by the file's name; as SVG into an open text file."""
+    from matplotlib import pyplot as plt
+
+    if isinstance(file, Path):
+        figure.savefig(file, dpi=120)
+    else:
+        figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def tenant_figure(tenants: pd.DataFrame, caption: str, file: Path | TextIO) -> None:
+    """TTFT of the adapters that wait longest, and each adapter's longest wait against its share of the tokens."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    worst = tenants.head(25)[::-1]
+    figure, (bars, cloud) = plt.subplots(1, 2, figsize=(11, 5.5), constrained_layout=True)
+    rows = np.arange(len(worst))
+    bars.barh(rows, worst["p99_ttft_ms"], color=ORANGE, label="P99", hatch="//", edgecolor="white")
+    bars.barh(rows, worst["p50_ttft_ms"], color=BLUE, label="P50")
+    bars.set_yticks(rows, [str(name)[:24] for name in worst["name"]], fontsize=7)
+    bars.set(xlabel="TTFT (ms)", title="The longest waiting adapters")
+    bars.legend(frameon=False)
+    for starves, marker, colour, label in ((False, "o", BLUE, "served"), (True, "X", ORANGE, "starves")):
+        some = tenants[tenants["starves"] == starves]
+        if len(some):
+            share = 100 * some["token_share"].clip(lower=1e-6)
+            cloud.scatter(share, some["longest_wait_s"].clip(lower=1e-4), marker=marker, color=colour, label=label)
+    cloud.set(
+        xlabel="share of all tokens (%)", ylabel="longest wait (s)", title="Wait and size", xscale="log", yscale="log"
+    )
+    cloud.legend(frameon=False)
+    for axis in (bars, cloud):
+        axis.grid(visible=True, alpha=0.3)
+    figure.suptitle(caption, fontsize=9)
+    _save(figure, file)
 
 
 def workload_figure(requests: RequestTable, caption: str, file: Path) -> None:
@@ -83,5 +128,4 @@ def workload_figure(requests: RequestTable, caption: str, file: Path) -> None:
     for axis in axes.flat:
         axis.grid(visible=True, alpha=0.3)
     figure.suptitle(caption, fontsize=9)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    _save(figure, file)

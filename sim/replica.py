@@ -17,7 +17,7 @@ from sim.kv_cache import BlockPool
 from sim.loading import LoadLane
 from sim.scheduler import Scheduler, StepPlan
 from sim.state import RequestState
-from sim.tables import AdapterUse, StepRow
+from sim.tables import AdapterUse, MoveRow, StepRow
 from workloads.adapters import Catalogue
 from workloads.requests import BASE
 
@@ -62,6 +62,7 @@ class Replica:
         self.scheduler = Scheduler(config, self.pool, pinned)
         self.manager = AdapterManager(config.max_loras, config.host_loras, config.lora_eviction_policy, self._cost)
         self.lane = LoadLane(env, self.manager, self._carry_out)
+        self.moves: list[MoveRow] = []
         self.live = bool(getattr(backend, "needs_block_tables", False))
         self.rows: list[StepRow] = []
         self.uses: dict[int, AdapterUse] = {}
@@ -83,7 +84,7 @@ class Replica:
             self.manager.bring(adapter)
             self.manager.pin(adapter)
         for move in self.manager.take():
-            self._carry_out(move)
+            self._carry_out(move, self.env.now)
 
     def add(self, state: RequestState) -> None:
         """A request arrives; it wakes an idle engine."""
@@ -134,7 +135,7 @@ class Replica:
         moves = self._touch(adapters)
         stage_s, copy_s = 0.0, 0.0
         for move in moves:
-            seconds = self._carry_out(move)
+            seconds = self._carry_out(move, self.env.now + stage_s + copy_s)
             if move.kind == "load":
                 copy_s += seconds
             else:
@@ -160,21 +161,23 @@ class Replica:
         self.manager.apply(adapters)
         return self.manager.take()
 
-    def _carry_out(self, move: Move) -> float:
-        """Have the backend do a move; returns the seconds it took."""
+    def _carry_out(self, move: Move, at_s: float) -> float:
+        """Have the backend do a move that begins at `at_s`; returns the seconds it takes."""
         use = self.uses.setdefault(move.adapter, AdapterUse())
+        seconds = 0.0
         match move.kind:
             case "stage":
                 use.stages += 1
-                return self.backend.stage(self.shape(move.adapter)).elapsed_s
+                seconds = self.backend.stage(self.shape(move.adapter)).elapsed_s
             case "load":
                 use.activations += 1
-                return self.backend.load(self.shape(move.adapter), move.slot).elapsed_s
+                seconds = self.backend.load(self.shape(move.adapter), move.slot).elapsed_s
             case "evict":
                 use.evictions += 1
             case "drop":
                 self.backend.drop(move.adapter)
-        return 0.0
+        self.moves.append(MoveRow(at_s, at_s + seconds, move.kind, move.adapter, move.slot))
+        return seconds
 
     def shape(self, adapter_id: int) -> AdapterShape:
         """What the backend must know of an adapter."""

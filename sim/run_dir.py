@@ -45,6 +45,7 @@ def write(out: Path, scenario: Scenario, tables: RunTables, summary: Mapping[str
         tables.requests.to_parquet(folder / "requests.parquet", index=False)
         tables.steps.to_parquet(folder / "steps.parquet", index=False)
         tables.adapters.to_parquet(folder / "adapters.parquet", index=False)
+        tables.moves.to_parquet(folder / "moves.parquet", index=False)
         run_figure(tables, caption, folder / "figure.png")
 
     publish(out, fill)

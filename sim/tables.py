@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 
 import pandas as pd
 
@@ -41,6 +41,17 @@ class StepRow:
     extrapolated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class MoveRow:
+    """One change of residency, when it began and ended; `kind` and `slot` (-1: none) as in `sim.adapter_manager.Move`."""
+
+    start_s: float
+    end_s: float
+    kind: str
+    adapter: int
+    slot: int
+
+
 @dataclass(slots=True)
 class AdapterUse:
     """What one adapter lived through: steps that used it, those that found it in its slot, and its moves."""
@@ -54,12 +65,13 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class RunTables:
-    """A run's result: one row per request, step and adapter, and the clock at the end."""
+    """A run's result: one row per request, step, adapter and adapter move, and the clock at the end."""
 
     requests: pd.DataFrame
     steps: pd.DataFrame
     adapters: pd.DataFrame
     horizon_s: float
+    moves: pd.DataFrame = field(default_factory=lambda: row_table([], MoveRow))
 
 
 def request_table(states: Iterable[RequestState], running: set[int]) -> pd.DataFrame:
@@ -82,9 +94,9 @@ def request_table(states: Iterable[RequestState], running: set[int]) -> pd.DataF
     return table.astype(dict.fromkeys(("first_scheduled_s", "first_token_s", "finish_s"), "float64"))
 
 
-def step_table(rows: list[StepRow]) -> pd.DataFrame:
-    """One row per executed step."""
-    names = [f.name for f in fields(StepRow)]
+def row_table(rows: Sequence[object], kind: type[StepRow | MoveRow]) -> pd.DataFrame:
+    """One row per record, a column per field."""
+    names = [f.name for f in fields(kind)]
     return pd.DataFrame({name: [getattr(row, name) for row in rows] for name in names})
 
 

@@ -14,7 +14,15 @@ from sim import run_dir
 from sim.errors import ScenarioError
 from sim.run import RunResult, run_scenario
 
-FILES = {"scenario.toml", "summary.json", "requests.parquet", "steps.parquet", "adapters.parquet", "figure.png"}
+FILES = {
+    "scenario.toml",
+    "summary.json",
+    "requests.parquet",
+    "steps.parquet",
+    "adapters.parquet",
+    "moves.parquet",
+    "figure.png",
+}
 SCENARIO = """
 [model]
 geometry = "tiny"

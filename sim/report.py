@@ -1,0 +1,167 @@
+"""`multilora report`: a run directory or a sweep as one self-contained HTML page, and a run's timeline for Perfetto."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from sim.errors import ScenarioError
+from sim.plots import run_figure, tenant_figure
+from sim.tables import RunTables
+from sim.tenants import tenant_table
+from sim.timeline import timeline
+
+MOST_TENANTS = 50
+"""Rows of the adapter table on the page; `tenants.parquet` has all."""
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; background: #fff; }
+figcaption { font-size: .85rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+.starves td { font-weight: bold; }
+@media print { body { max-width: none; font-size: 11px; } .wide { overflow: visible; } figure { break-inside: avoid; } }
+"""
+
+
+def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, object]]:
+    """(tables, summary, scenario) of a run directory. Raises `ScenarioError` if it is none."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        scenario = tomllib.loads((folder / "scenario.toml").read_text(encoding="utf-8"))
+        frames = {
+            name: pd.read_parquet(folder / f"{name}.parquet") for name in ("requests", "steps", "adapters", "moves")
+        }
+        return RunTables(horizon_s=float(summary["duration_s"]), **frames), summary, scenario
+    except (OSError, ValueError, KeyError) as error:
+        raise ScenarioError(
+            f"{folder}: not a run directory of this version ({error}); run the scenario again"
+        ) from error
+
+
+def report(folder: Path) -> list[Path]:
+    """Write `report.html` into a run directory or a sweep, and for a run `timeline.json` and `tenants.parquet`, too."""
+    if (folder / "results.parquet").is_file():
+        return [_write(folder / "report.html", _sweep_page(folder))]
+    tables, summary, scenario = read_run(folder)
+    engine = scenario.get("engine")
+    max_loras = int(engine["max_loras"]) if isinstance(engine, dict) else 1
+    title = f"{summary['scenario']}, {summary['backend']}, seed {summary['seed']}"
+    tenants = tenant_table(tables)
+    tenants.to_parquet(folder / "tenants.parquet", index=False)
+    trace = json.dumps(timeline(tables, max_loras, title), separators=(",", ":"))
+    page = _page(title, _run_body(tables, summary, tenants, title))
+    return [_write(folder / "report.html", page), _write(folder / "timeline.json", trace), folder / "tenants.parquet"]
+
+
+def _write(file: Path, text: str) -> Path:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(file)
+
+
+def _page(title: str, body: Iterable[str]) -> str:
+    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f"{head}{view}<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(body)}</body></html>\n"
+    )
+
+
+def _run_body(tables: RunTables, summary: dict[str, object], tenants: pd.DataFrame, title: str) -> list[str]:
+    caption = title + _profile(summary)
+    starving = [str(name) for name in tenants.loc[tenants["starves"], "name"]]
+    said = f"Starving: {', '.join(starving)}." if starving else "No adapter starves."
+    shown = tenants.head(MOST_TENANTS)
+    return [
+        "<h2>In short</h2>",
+        _table(pd.DataFrame(_short(summary), columns=["", "mean", "p50", "p90", "p99"])),
+        "<h2>Over time</h2>",
+        _figure(lambda file: run_figure(tables, caption, file), caption),
+        f"<h2>Per adapter</h2><p>{html.escape(said)} Jain's index of the waits: {_cell(summary.get('jain_wait'))}.</p>",
+        _figure(lambda file: tenant_figure(tenants, caption, file), caption),
+        _table(shown.drop(columns=["starves"]).map(_cell), marked=shown["starves"].tolist()),
+        f"<p>{len(shown)} of {len(tenants)} adapters, worst P99 TTFT first; all are in tenants.parquet.</p>",
+        "<h2>All numbers</h2>",
+        _table(
+            pd.DataFrame([(k, _cell(v)) for k, v in summary.items() if not k.endswith("_ms")], columns=["key", "value"])
+        ),
+    ]
+
+
+def _profile(summary: dict[str, object]) -> str:
+    error = summary.get("profile_mape")
+    return f"; profile MAPE {error:.1%} on held-out steps" if isinstance(error, float) else ""
+
+
+def _short(summary: dict[str, object]) -> list[tuple[str, ...]]:
+    rows = []
+    for label, prefix in (("finished", ""), ("all, unfinished at the horizon", "censored_")):
+        for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("E2E", "e2el")):
+            cells = [_cell(summary.get(f"{prefix}{s}_{key}_ms")) for s in ("mean", "p50", "p90", "p99")]
+            rows.append((f"{name} (ms), {label}", *cells))
+    return rows
+
+
+def _sweep_page(folder: Path) -> str:
+    from sim.scenario import from_tables
+    from sim.sweep_plots import sweep_figures
+    from sim.verdict import THROUGHPUT, TPOT, TTFT, verdicts
+
+    spec = tomllib.loads((folder / "sweep.toml").read_text(encoding="utf-8"))
+    results = pd.read_parquet(folder / "results.parquet")
+    keys = list(spec["set"])
+    scenario = from_tables(spec["scenario"], folder.name, folder)
+    served = results[results["status"] == "ok"].iloc[0]
+    title = f"{folder.name}: {', '.join(keys)} on {served['backend']}"
+    caption = title + _profile({str(key): value for key, value in served.items()})
+    sweep_figures(results, keys, caption, folder)
+    drawings = [
+        file.read_text(encoding="utf-8") for file in (folder / "lines.svg", folder / "heat_maps.svg") if file.is_file()
+    ]
+    shown = [*keys, "seed", "status", THROUGHPUT, TTFT, TPOT, "num_gpu_blocks", "adapter_hit_rate"]
+    sentences = verdicts(results, keys, scenario.slo)
+    body = [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
+    body += [f"<figure>{_inline(svg)}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg in drawings]
+    return _page(title, [*body, _table(results[shown].map(_cell))])
+
+
+def _figure(draw: object, caption: str) -> str:
+    buffer = io.StringIO()
+    assert callable(draw)
+    draw(buffer)
+    return f"<figure>{_inline(buffer.getvalue())}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _inline(svg: str) -> str:
+    """A drawing without its XML head, which has no place inside a page."""
+    return svg[svg.index("<svg") :]
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def _table(frame: pd.DataFrame, marked: list[bool] | None = None) -> str:
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in frame.columns)
+    rows = []
+    for i, row in enumerate(frame.itertuples(index=False)):
+        kind = ' class="starves"' if marked and marked[i] else ""
+        rows.append(f"<tr{kind}>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
