@@ -72,6 +72,18 @@ class Regime:
             adapted,
         ]
 
+    def parts(self, f: StepFeatures, size: int) -> dict[str, float]:
+        """Device seconds by what causes them: `base` model, `attention`, `lora`; they add up to the whole."""
+        products = [c * t for c, t in zip(self.device, self.terms(f, size), strict=True)]
+        k = len(self.knots)
+        base, lora, attention, rest = (
+            products[:k],
+            products[k : 2 * k],
+            products[2 * k : 2 * k + 5],
+            products[2 * k + 5 :],
+        )
+        return {"base": sum(base) + sum(rest[:2]), "attention": sum(attention), "lora": sum(lora) + sum(rest[2:])}
+
     def contains(self, f: StepFeatures) -> bool:
         """Whether every bounded feature lies inside what was measured."""
         return all(self.low[k] <= getattr(f, k) <= self.high[k] for k in self.low)
@@ -101,6 +113,11 @@ class Predictor:
         device = sum(c * t for c, t in zip(regime.device, terms, strict=True))
         host = sum(c * t for c, t in zip(regime.host, terms, strict=True))
         return device, host, not regime.contains(f)
+
+    def parts(self, f: StepFeatures) -> dict[str, float]:
+        """Device seconds by what causes them (`Regime.parts`)."""
+        name, size = self.regime(f)
+        return (self.regimes.get(name) or self.regimes["eager"]).parts(f, size)
 
     def to_json(self) -> dict[str, object]:
         """Plain data for `profile.json`."""

@@ -62,6 +62,14 @@ def shipped_profiles() -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if (entry / "profile.json").is_file())
 
 
+def measured_steps(name_or_path: str) -> Path | None:
+    """The Parquet file of a profile's measured steps; None if it has none."""
+    shipped = name_or_path in shipped_profiles()
+    folder = Path(str(files("backend") / "profiles" / name_or_path)) if shipped else Path(name_or_path)
+    file = folder / "steps.parquet"
+    return file if file.is_file() else None
+
+
 def load_profile(name_or_path: str) -> Profile:
     """A shipped profile by name, or a profile folder. Raises `BackendError` for anything else."""
     if name_or_path in shipped_profiles():
