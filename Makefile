@@ -23,6 +23,7 @@ lint: .venv/.stamp-dev
 
 test: lint
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q --nbmake notebooks
 	$(MAKE) wheel-test
 
 wheel-test: .venv/.stamp-dev
