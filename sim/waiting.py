@@ -49,7 +49,18 @@ class Waiting(Protocol):
     def __iter__(self) -> Iterator[RequestState]: ...
 
 
-class Fcfs:
+class _Open:
+    """Nobody holds others back, and the latest admitted is preempted first."""
+
+    def is_barrier(self, state: RequestState, now_s: float) -> bool:
+        del state, now_s
+        return False
+
+    def victim(self, running: Sequence[RequestState]) -> RequestState:
+        return running[-1]
+
+
+class Fcfs(_Open):
     """First come first served; preempted requests go to the front and the latest admitted is preempted first."""
 
     def __init__(self) -> None:
@@ -69,13 +80,6 @@ class Fcfs:
         del now_s, resident
         return self._states.values()
 
-    def is_barrier(self, state: RequestState, now_s: float) -> bool:
-        del state, now_s
-        return False
-
-    def victim(self, running: Sequence[RequestState]) -> RequestState:
-        return running[-1]
-
     def __len__(self) -> int:
         return len(self._states)
 
@@ -83,7 +87,7 @@ class Fcfs:
         return iter(self._states.values())
 
 
-class Sorted:
+class Sorted(_Open):
     """Smallest `key` first, also among those that come back; the latest admitted is preempted first."""
 
     def __init__(self, key: Callable[[RequestState], Key]) -> None:
@@ -102,13 +106,6 @@ class Sorted:
     def candidates(self, now_s: float, resident: Container[int]) -> Iterable[RequestState]:
         del now_s, resident
         return self._states
-
-    def is_barrier(self, state: RequestState, now_s: float) -> bool:
-        del state, now_s
-        return False
-
-    def victim(self, running: Sequence[RequestState]) -> RequestState:
-        return running[-1]
 
     def __len__(self) -> int:
         return len(self._states)
