@@ -131,7 +131,7 @@ def _sweep(args: argparse.Namespace) -> None:
         print(sentence)
     ok = results[results["status"] == "ok"].iloc[0]
     error = f", profile MAPE {ok['profile_mape']:.1%}" if "profile_mape" in results else ""
-    runs = f"seeds {results['seed'].min()} to {results['seed'].max()}"
+    runs = "seed " + ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
     sweep_figures(results, list(sets), f"{Path(args.scenario).stem}, {ok['backend']}{error}, {runs}", args.out)
     print(args.out)
 

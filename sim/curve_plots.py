@@ -68,7 +68,7 @@ def _step_panel(axis: Axes, group: pd.DataFrame, points: pd.DataFrame | None) ->
         axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
     axis.set(xlabel="distinct adapters in the batch", ylabel="decode step (ms)", ylim=(0, None))
     _powers(axis, x)
-    axis.legend(fontsize=6, frameon=False, loc="lower right")
+    axis.legend(fontsize=6, framealpha=0.9, loc="lower right")
     axis.grid(visible=True, alpha=0.3)
 
 
