@@ -115,17 +115,17 @@ def test_another_sweep_is_not_taken_up(scenario: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tmp_path: Path) -> None:
-    whole = sweep(str(scenario), SETS, out=tmp_path / "whole", seeds=2, jobs=1)
+    whole = sweep(str(scenario), SETS, out=tmp_path / "whole", seeds=3, jobs=1)
     out = tmp_path / "killed"
     sets = [f"--set={key}={','.join(map(str, values))}" for key, values in SETS.items()]
-    command = [sys.executable, "-m", "sim.cli", "sweep", str(scenario), *sets, "--seeds=2", "--jobs=1", f"--out={out}"]
+    command = [sys.executable, "-m", "sim.cli", "sweep", str(scenario), *sets, "--seeds=3", "--jobs=1", f"--out={out}"]
     rng, kept = np.random.default_rng(0), {}
     for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while len(list(out.glob("rows/*.json"))) <= len(kept) and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0.0, 0.3))
+        time.sleep(rng.uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
         rows = {f.name: (f.stat().st_mtime_ns, json.loads(f.read_text())) for f in out.glob("rows/*.json")}
@@ -140,7 +140,10 @@ def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tm
 
 def test_a_sweep_on_a_local_ray(scenario: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="ray is not installed (the extra [ray])")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    except (RuntimeError, OSError, TimeoutError) as error:
+        pytest.skip(f"Ray does not start on this machine: {error}")
     try:
         there = sweep(str(scenario), {"engine.max_loras": [1, 8]}, out=tmp_path / "ray", jobs=2, executor="ray")
     finally:
