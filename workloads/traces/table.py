@@ -141,14 +141,16 @@ def _tree(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], PrefixTree]:
     """(leaf, tokens) of each row and the tree of all its `prefix_path`s. A node is an id under its parent.
 
-    A path may end inside a node, so a node reaches as far as the longest path through it.
+    A path may end inside a node, so a node reaches as far as the longest path through it; where one continues it, it
+    ends for all rows.
     """
     nodes: dict[tuple[int, str], int] = {}
     ends: list[int] = []
+    continued: list[bool] = []
     leaves, tokens = np.full(len(paths), NO_PREFIX), np.zeros(len(paths), dtype=np.int64)
     for row, (line, text) in enumerate(paths.items()):
-        leaf, last = NO_PREFIX, 0
-        for pair in text.split():
+        leaf, last, pairs = NO_PREFIX, 0, text.split()
+        for depth, pair in enumerate(pairs, start=1):
             end, _, name = pair.partition(":")
             if not (end.isascii() and end.isdigit() and name and last < int(end) <= longest[row]):
                 raise WorkloadError(
@@ -159,13 +161,15 @@ def _tree(
             leaf = nodes.setdefault((leaf, name), len(nodes))
             if leaf == len(ends):
                 ends.append(last)
+                continued.append(False)
+            goes_on = depth < len(pairs)
+            if (continued[leaf] and last > ends[leaf]) or (goes_on and last < ends[leaf]):
+                raise WorkloadError(f"{file}:{line}: prefix_path has {pair!r}, but {name} ends at {ends[leaf]} above")
             ends[leaf] = max(ends[leaf], last)
+            continued[leaf] |= goes_on
         leaves[row], tokens[row] = leaf, last
     parents = np.array([parent for parent, _ in nodes], dtype=np.int64)
-    try:
-        return leaves, tokens, PrefixTree(parents, np.array(ends, dtype=np.int64))
-    except WorkloadError as error:
-        raise WorkloadError(f"{file}: prefix_path: an id ends behind one that continues it in another row") from error
+    return leaves, tokens, PrefixTree(parents, np.array(ends, dtype=np.int64))
 
 
 def _coded(column: pd.Series[str]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
