@@ -11,7 +11,7 @@ NO_SLOT = -1
 """Slot of a request that uses no adapter."""
 
 TILE_ROWS = 16
-"""Rows of an SGMV tile: one tensor-core row block. It never varies, so a row's sums never depend on the batch."""
+"""Rows of one adapter that a step's `lora_tiles` feature counts together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backend.sgmv import FusedLinear, SlotBank, SlotLayout, sgmv_reference
+from backend.linears import linear_with_lora
+from backend.sgmv import Segments, SlotBank, SlotLayout
 from backend.step_inputs import DECODE_TILE, PREFILL_TILE, StepInputs
 
 if TYPE_CHECKING:
@@ -22,27 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInputs:
-    """The arrays of `StepInputs` as int32 tensors on the device."""
+    """The arrays of `StepInputs` as int32 tensors on the device; `adapted`: some row has an adapter."""
 
     token_from: torch.Tensor
     positions: torch.Tensor
     kv_slots: torch.Tensor
     row_slots: torch.Tensor
-    lora_rows: torch.Tensor
-    lora_tiles: torch.Tensor
     decode_tiles: torch.Tensor
     prefill_tiles: torch.Tensor
     sample_rows: torch.Tensor
     sample_to: torch.Tensor
+    adapted: bool
+    cells: int
 
     @classmethod
     def views(cls, inputs: StepInputs, packed: torch.Tensor) -> DeviceInputs:
         """Views of `packed` where `StepInputs.arrays()` lie one after the other."""
-        tensors, start = [], 0
-        for array in inputs.arrays():
-            tensors.append(packed[start : start + array.size].view(array.shape))
+        named: dict[str, Any] = {}
+        start = 0
+        for name, array in zip(StepInputs.__slots__, inputs.arrays(), strict=True):
+            named[name] = packed[start : start + array.size].view(array.shape)
             start += array.size
-        return cls(*tensors)
+        return cls(**named, adapted=inputs.adapted, cells=start)
 
 
 class Decoder:
@@ -73,6 +75,7 @@ class Decoder:
             dtype=dtype,
             device=device,
         )
+        self.segments = Segments.allocate(limits.max_num_batched_tokens, self.bank)
         shape = (num_blocks, geometry.num_kv_heads, limits.block_size, geometry.head_dim)
         self.k_cache = [self._cache(shape) for _ in range(geometry.num_layers)]
         self.v_cache = [self._cache(shape) for _ in range(geometry.num_layers)]
@@ -127,30 +130,24 @@ class Decoder:
         angles = torch.outer(torch.arange(limits.max_model_len, dtype=torch.float64), inverse)
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], -1).float().to(self.device)
         self.prompt = torch.randint(g.vocab_size, (limits.max_model_len,), generator=self.generator, device=self.device)
-        if self.on_cuda:
-            from backend.sgmv.kernels import scratch_elements
 
-            size = scratch_elements(rows, limits.max_lora_rank, max(g.intermediate_size, g.hidden_size))
-            self.scratch = torch.empty(size, dtype=torch.float32, device=self.device)
-
-    def _linear(self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor, inputs: DeviceInputs) -> torch.Tensor:
-        """Base product, then the LoRA of every adapted row on top of it."""
+    def _linear(
+        self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor, segments: Segments | None
+    ) -> torch.Tensor:
+        """Base product plus the LoRA product of every adapted row."""
         out = out[: len(x)]
-        if name == "qkv" and self.qkv_bias:
-            torch.addmm(self.qkv_bias[layer], x, self.layers[layer][name].T, out=out)
-        else:
-            torch.mm(x, self.layers[layer][name].T, out=out)
-        if len(inputs.lora_tiles):
-            self._lora(x, out, self.bank.layout.layers[layer][name], inputs)
+        bias = self.qkv_bias[layer] if name == "qkv" and self.qkv_bias else None
+        linear_with_lora(
+            x,
+            self.layers[layer][name],
+            out,
+            bias,
+            self.bank,
+            self.bank.layout.layers[layer][name],
+            segments,
+            kernels=self.segments.engine == "cuda",
+        )
         return out
-
-    def _lora(self, x: torch.Tensor, out: torch.Tensor, linear: FusedLinear, inputs: DeviceInputs) -> None:
-        if self.on_cuda:
-            from backend.sgmv.kernels import sgmv
-
-            sgmv(x, out, self.bank, linear, inputs.lora_rows, inputs.lora_tiles, self.scratch)
-        else:
-            sgmv_reference(x, out, self.bank, linear, inputs.row_slots)
 
     def _attend(self, layer: int, qkv: torch.Tensor, inputs: DeviceInputs, tables: torch.Tensor) -> torch.Tensor:
         k, v, heads = self.k_cache[layer], self.v_cache[layer], self.geometry.num_heads
@@ -167,6 +164,7 @@ class Decoder:
         `tables` int32[requests, blocks]. Greedy sampling; nothing is read back to the host.
         """
         rows = len(inputs.positions)
+        segments = self.segments.of(inputs.row_slots, self.bank) if inputs.adapted else None
         eps, norm = self.geometry.rms_norm_eps, self.ops.add_rms_norm
         residual, normed = self.residual[:rows], self.normed[:rows]
         tokens = torch.where(
@@ -178,13 +176,13 @@ class Decoder:
         x = None
         for layer in range(self.geometry.num_layers):
             norm(x, residual, self.norms[2 * layer], normed, eps)
-            qkv = self._linear(layer, "qkv", normed, self.qkv, inputs)
-            x = self._linear(layer, "o", self._attend(layer, qkv, inputs, tables), self.attended, inputs)
+            qkv = self._linear(layer, "qkv", normed, self.qkv, segments)
+            x = self._linear(layer, "o", self._attend(layer, qkv, inputs, tables), self.attended, segments)
             norm(x, residual, self.norms[2 * layer + 1], normed, eps)
-            gate_up = self._linear(layer, "gate_up", normed, self.gate_up, inputs)
+            gate_up = self._linear(layer, "gate_up", normed, self.gate_up, segments)
             activated = self.activated[:rows]
             self.ops.silu_mul(gate_up, activated)
-            x = self._linear(layer, "down", activated, self.attended, inputs)
+            x = self._linear(layer, "down", activated, self.attended, segments)
         norm(x, residual, self.norms[-1], normed, eps)
         samples = len(inputs.sample_rows)
         if samples:

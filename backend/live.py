@@ -127,12 +127,11 @@ class LiveBackend:
         size = padded_size(inputs.rows) if self.on_cuda else None
         if size is None:
             return None
-        tiles = _power_of_two(len(inputs.lora_tiles))
         if max(batch.query_lens) == 1:
-            return Padding(size, tiles, size, 0, size)
+            return Padding(size, inputs.adapted, size, 0, size)
         decodes, prefills = _power_of_two(len(inputs.decode_tiles)), _power_of_two(len(inputs.prefill_tiles))
         samples = min(_power_of_two(len(inputs.sample_rows)), self.limits.max_num_seqs)
-        return Padding(size, tiles, decodes, prefills, samples)
+        return Padding(size, inputs.adapted, decodes, prefills, samples)
 
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
         flat = np.concatenate([a.reshape(-1) for a in inputs.arrays()])
@@ -146,7 +145,7 @@ class LiveBackend:
         self._tables[:requests, :blocks].copy_(self._host_tables[:requests, :blocks], non_blocking=True)
 
     def _timed_forward(self, inputs: DeviceInputs, batch: StepBatch, padding: Padding | None) -> float:
-        used = sum(t.numel() for t in (getattr(inputs, name) for name in inputs.__slots__))
+        used = inputs.cells
         blocks = max(len(t) for t in batch.block_tables)
         if not self.on_cuda:
             started = time.perf_counter()
@@ -169,7 +168,7 @@ class LiveBackend:
         """Compile kernels and capture the step's graph if this is their first use (not part of any step's time)."""
         inputs = self._lay_out(batch)
         padding = self._padding(batch, inputs)
-        kernels = (len(inputs.lora_tiles) > 0, len(inputs.decode_tiles) > 0, len(inputs.prefill_tiles) > 0)
+        kernels = (inputs.adapted, len(inputs.decode_tiles) > 0, len(inputs.prefill_tiles) > 0)
         if (padding is None and kernels in self._warm) or padding in self._graphs:
             return
         if padding is not None:

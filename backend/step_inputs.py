@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from backend.base import StepBatch
-from backend.sgmv import Segments
+from backend.base import NO_SLOT, StepBatch
 
 IntArray = npt.NDArray[np.int32]
 
@@ -22,7 +21,7 @@ class Padding:
     """Lengths that a captured graph was made for; a step is padded up to them."""
 
     rows: int
-    lora_tiles: int
+    adapted: bool
     decode_tiles: int
     prefill_tiles: int
     samples: int
@@ -35,7 +34,7 @@ class StepInputs:
     `token_from[T]`: where the row's token lies among the last sampled ones, -1 = prompt: a request's newest token lies
     under the KV block of the row that yielded it, which the request shares with nobody while it computes there;
     `positions[T]`; `kv_slots[T]`: cell to write (-1 = padding); `row_slots[T]`: adapter slot (-1 = base);
-    `lora_rows[T]`, `lora_tiles[., 3]`: see `sgmv.Segments`; `decode_tiles[., 4]`, `prefill_tiles[., 4]`: attention
+    `decode_tiles[., 4]`, `prefill_tiles[., 4]`: attention
     tiles (request, first row, its position, queries); `sample_rows[S]`, `sample_to[S]`: rows that yield a token, and where it goes.
     """
 
@@ -43,8 +42,6 @@ class StepInputs:
     positions: IntArray
     kv_slots: IntArray
     row_slots: IntArray
-    lora_rows: IntArray
-    lora_tiles: IntArray
     decode_tiles: IntArray
     prefill_tiles: IntArray
     sample_rows: IntArray
@@ -54,6 +51,11 @@ class StepInputs:
     def rows(self) -> int:
         return len(self.positions)
 
+    @property
+    def adapted(self) -> bool:
+        """Whether any row has an adapter."""
+        return bool((self.row_slots > NO_SLOT).any())
+
     def padded(self, padding: Padding, nowhere: int) -> StepInputs:
         """The same step with rows that compute nothing appended; sampled tokens of padding go to `nowhere`."""
         rows = padding.rows - self.rows
@@ -62,8 +64,6 @@ class StepInputs:
             _pad(self.positions, rows, 0),
             _pad(self.kv_slots, rows, -1),
             _pad(self.row_slots, rows, -1),
-            _pad(self.lora_rows, padding.rows - len(self.lora_rows), 0),
-            _pad(self.lora_tiles, padding.lora_tiles - len(self.lora_tiles), -1),
             _pad(self.decode_tiles, padding.decode_tiles - len(self.decode_tiles), -1),
             _pad(self.prefill_tiles, padding.prefill_tiles - len(self.prefill_tiles), -1),
             _pad(self.sample_rows, padding.samples - len(self.sample_rows), 0),
@@ -98,7 +98,6 @@ def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
     position = (context[request] + np.arange(len(request)) - starts[request]).astype(np.int32)
     kv_slots = tables[request, position // block_size] * block_size + position % block_size
     row_slots = np.array(batch.slots, dtype=np.int32)[request]
-    segments = Segments.of(row_slots)
     decode = query <= DECODE_TILE
     requests = np.arange(len(query), dtype=np.int32)
     samples = np.array(batch.samples, dtype=bool)
@@ -113,8 +112,6 @@ def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
         position,
         kv_slots.astype(np.int32),
         row_slots,
-        _pad(segments.rows, len(request) - len(segments.rows), 0),
-        segments.tiles,
         tiles[0],
         tiles[1],
         (starts + query - 1)[samples].astype(np.int32),

@@ -1,21 +1,22 @@
-"""SGMV: grouped rows equal each adapter applied alone, in float64, and in the kernels through Triton's interpreter."""
+"""SGMV: grouped rows equal each adapter applied alone, in float64, and in the Triton kernels through the interpreter."""
 
 from __future__ import annotations
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backend.sgmv import TILE_ROWS, Segments, SlotBank, SlotLayout, sgmv_reference
+from backend.sgmv import Segments, SlotBank, SlotLayout, sgmv, sgmv_reference
+from backend.sgmv.segments import _build_in_torch
+from backend.sgmv.tilings import ALL, Tiling, choose
 
 LINEARS = {
     "q_proj": (256, 128),
-    "k_proj": (256, 64),
-    "v_proj": (256, 64),
+    "k_proj": (256, 72),  # no multiple of a kernel's column block
+    "v_proj": (256, 72),
     "o_proj": (128, 256),
     "gate_proj": (256, 192),
     "up_proj": (256, 192),
@@ -49,17 +50,34 @@ def alone(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> to
     return out
 
 
-@given(st.lists(st.integers(-1, 5), min_size=1, max_size=80))
-def test_segments_cover_every_adapted_row_once(row_slots: list[int]) -> None:
-    slots = np.array(row_slots, dtype=np.int32)
-    segments = Segments.of(slots)
+@settings(deadline=None)
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=80), st.sampled_from([8, 16, 64]))
+def test_segments_cover_every_adapted_row_once(row_slots: list[int], tile_rows: int) -> None:
+    ranks = [8, 16, 4, 64, 1, 32]
+    bank = filled_bank(ranks, torch.float32)
+    slots = torch.tensor(row_slots, dtype=torch.int32)
+    segments = Segments.allocate(len(slots), bank, engine="triton").of(slots, bank)
+    segments.tiling = Tiling(tile_rows, "", "")
+    _build_in_torch(segments, bank)
     seen: list[int] = []
-    for slot, first, count in segments.tiles.tolist():
-        assert 1 <= count <= TILE_ROWS
+    used = set()
+    for slot, first, count, rank in segments.tiles[: int(segments.header[0])].tolist():
+        assert 1 <= count <= tile_rows
+        assert rank == ranks[slot]
         rows = segments.rows[first : first + count]
-        assert np.all(slots[rows] == slot)
+        assert bool((slots[rows.long()] == slot).all())
         seen += rows.tolist()
-    assert sorted(seen) == np.nonzero(slots >= 0)[0].tolist()
+        used.add(slot)
+    assert sorted(seen) == torch.nonzero(slots >= 0).squeeze(1).tolist()
+    assert int(segments.header[1]) == max((ranks[slot] for slot in used), default=0)
+    assert int(segments.header[0]) <= segments.most_tiles(len(ranks))
+
+
+@given(st.integers(1, 20_000), st.sampled_from([8, 16, 64, 128]))
+def test_every_batch_has_a_tiling(rows: int, max_rank: int) -> None:
+    tiling = choose(rows, max_rank)
+    assert tiling in ALL
+    assert choose(rows + 1, max_rank).tile_rows >= tiling.tile_rows
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
@@ -71,8 +89,10 @@ def test_reference_equals_each_adapter_alone(name: str, row_slots: list[int], se
     slots = torch.tensor(row_slots, dtype=torch.int32)
     x = torch.randn(len(slots), linear.in_features, dtype=torch.float64)
     base = torch.randn(len(slots), sum(linear.out_features), dtype=torch.float64)
-    out = base.clone()
+    out, through = base.clone(), base.clone()
     sgmv_reference(x, out, bank, linear, slots)
+    sgmv(x, through, bank, linear, Segments.allocate(len(slots), bank).of(slots, bank))
+    assert torch.equal(out, through)
     torch.testing.assert_close(out - base, alone(x, bank, name, slots), rtol=1e-9, atol=1e-9)
     assert torch.equal(out[slots < 0], base[slots < 0])
 
@@ -80,35 +100,68 @@ def test_reference_equals_each_adapter_alone(name: str, row_slots: list[int], se
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (make test sets it)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
-def test_kernels_in_the_interpreter(name: str, dtype: torch.dtype) -> None:
-    from backend.sgmv.kernels import scratch_elements, sgmv
-
-    rng = np.random.default_rng(7)
+@settings(max_examples=4, deadline=None)
+@given(
+    row_slots=st.lists(st.integers(-1, 2), min_size=1, max_size=30),
+    ranks=st.lists(st.sampled_from([1, 8, 12, 16, 40]), min_size=3, max_size=3),
+    stride=st.sampled_from([0, 8, 32]),
+)
+def test_triton_kernels_in_the_interpreter(
+    name: str, dtype: torch.dtype, row_slots: list[int], ranks: list[int], stride: int
+) -> None:
     torch.manual_seed(7)
-    bank = filled_bank([8, 40, 16], dtype)
+    bank = filled_bank(ranks, dtype)
     linear = bank.layout.layers[1][name]
-    for rows in (1, 5, 23):
-        slots = rng.integers(-1, 3, rows).astype(np.int32)
-        segments = Segments.of(slots)
-        padded = np.concatenate([segments.tiles, np.full((2, 3), -1, dtype=np.int32)])
-        wide = torch.randn(rows, linear.in_features + 32, dtype=dtype)
-        x = wide[:, : linear.in_features]
-        base = torch.randn(rows, sum(linear.out_features), dtype=dtype)
-        out = base.clone()
-        poison = torch.full((scratch_elements(rows, 40, 256),), float("nan"))
-        index = torch.zeros(rows, dtype=torch.int32)
-        index[: len(segments.rows)] = torch.from_numpy(segments.rows)
-        sgmv(x, out, bank, linear, index, torch.from_numpy(padded), poison)
-        expected = alone(x, bank, name, torch.from_numpy(slots)) + base.double()
-        assert torch.equal(out[slots < 0], base[slots < 0])
-        error = (out.double() - expected).norm() / expected.norm()
-        assert error < (1e-5 if dtype == torch.float32 else 2e-3)
-        for t in range(rows):
-            if slots[t] < 0:
-                continue
-            single = base[t : t + 1].clone()
-            one = Segments.of(slots[t : t + 1])
-            sgmv(x[t : t + 1], single, bank, linear, torch.from_numpy(one.rows), torch.from_numpy(one.tiles), poison)
-            # The interpreter multiplies with numpy's BLAS, which promises no order; bit equality is the GPU test's.
-            apart = (single[0].double() - out[t].double()).norm() / out[t].double().norm()
-            assert apart < (1e-5 if dtype == torch.float32 else 1e-3)
+    slots = torch.tensor(row_slots, dtype=torch.int32)
+    rows, width = len(slots), sum(linear.out_features)
+    x = torch.randn(rows, linear.in_features + stride, dtype=dtype)[:, : linear.in_features]
+    base = torch.randn(rows, width + stride, dtype=dtype)
+    buffers = Segments.allocate(rows, bank, engine="triton")
+    buffers.partials.fill_(float("nan"))
+    whole = base.clone()
+    out = whole[:, :width]
+    sgmv(x, out, bank, linear, buffers.of(slots, bank))
+    expected = alone(x, bank, name, slots) + base[:, :width].double()
+    assert torch.equal(whole[slots < 0], base[slots < 0])
+    assert torch.equal(whole[:, width:], base[:, width:]), "wrote past the row's end"
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-3)
+    for t in range(0, rows, 7):
+        if slots[t] < 0:
+            continue
+        single = base[t : t + 1, :width].clone()
+        sgmv(x[t : t + 1], single, bank, linear, buffers.of(slots[t : t + 1], bank))
+        # The interpreter multiplies with numpy's BLAS, which promises no order; bit equality is the GPU test's.
+        apart = (single[0].double() - out[t].double()).norm() / out[t].double().norm()
+        assert apart < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("half", [False, True])
+def test_cuda_kernels_compile(capability: tuple[int, int], half: bool) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    from backend.sgmv.nvrtc import compile_cubin
+
+    try:
+        cubin = compile_cubin(capability, half=half)
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC library: {error}")
+    assert cubin[:4] == b"\x7fELF"
+    for name in {kernel for tiling in ALL for kernel in (tiling.shrink, tiling.expand)} | {"segment_map", "settle"}:
+        assert name.encode() in cubin
+
+
+def test_a_broken_cuda_source_is_reported_by_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    from backend.errors import BackendError
+    from backend.sgmv import nvrtc
+
+    monkeypatch.setattr(nvrtc, "source", lambda: b'#line 1 "shrink.cu"\nint broken( {\n')
+    try:
+        nvrtc.compile_cubin((9, 0), half=False)
+    except BackendError as error:
+        assert "shrink.cu(1)" in str(error)
+    except RuntimeError as error:
+        pytest.skip(f"no NVRTC library: {error}")
+    else:
+        pytest.fail("compiled")

@@ -1,34 +1,125 @@
-"""Segments: the rows of a step grouped by adapter slot, cut into tiles for the kernels."""
+"""Segments: the rows of a step grouped by adapter slot, built once a step on the device and read by every layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
+from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
-from backend.base import TILE_ROWS
+from backend.sgmv import nvrtc
+from backend.sgmv.slots import SlotBank
+from backend.sgmv.tilings import TRITON, Tiling, choose
+
+PIECE = 1024
+"""Input columns whose partial product is kept apart; fixed in `cuda/common.cu`, and the same in Triton."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segments:
-    """Rows sorted by slot, base rows left out.
+    """Rows sorted by slot and cut into tiles of one adapter; rows without an adapter (-1) are left out.
 
-    `rows` int32[n]: original row of each sorted position; `tiles` int32[tiles, 3]: (slot, first position, rows).
+    `row_slots` int32[T], the input; `rows` int32[T]: original row of each sorted position (only the adapted ones
+    count); `tiles` int32[T, 4]: (slot, first position, rows, rank), as many as `header[0]` says; `header` int32[4]:
+    tiles, largest rank among them; `partials` float32: partial rank vectors on their way from shrink to expand.
+    Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
     """
 
-    rows: npt.NDArray[np.int32]
-    tiles: npt.NDArray[np.int32]
+    row_slots: torch.Tensor
+    rows: torch.Tensor
+    tiles: torch.Tensor
+    header: torch.Tensor
+    partials: torch.Tensor
+    tiling: Tiling
+    engine: str  # "cuda", "triton" or "torch"
+    fresh: bool = field(default=True)
 
     @classmethod
-    def of(cls, row_slots: npt.NDArray[np.int32]) -> Segments:
-        """Group rows by slot (`row_slots` int32[T], -1 = base)."""
-        order = np.argsort(row_slots, kind="stable").astype(np.int32)
-        order = order[np.searchsorted(row_slots[order], 0) :]
-        slots, starts, counts = np.unique(row_slots[order], return_index=True, return_counts=True)
-        per_segment = -(-counts // TILE_ROWS)
-        segment = np.repeat(np.arange(len(slots)), per_segment)
-        within = np.arange(len(segment)) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
-        first = starts[segment] + within * TILE_ROWS
-        rows = np.minimum(TILE_ROWS, starts[segment] + counts[segment] - first)
-        return cls(order, np.stack([slots[segment], first, rows], axis=1).astype(np.int32).reshape(-1, 3))
+    def allocate(cls, max_rows: int, bank: SlotBank, *, engine: str | None = None) -> Segments:
+        """Buffers for batches of up to `max_rows` rows over `bank`; `engine` None: the fastest this device has."""
+        device = bank.weights.device
+        if engine is None:
+            engine = "torch" if device.type == "cpu" else "cuda" if nvrtc.available() else "triton"
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        cells = 0 if engine == "torch" else max_rows * partial_cells(bank)
+        return cls(
+            ints(max_rows).fill_(-1),
+            ints(max_rows),
+            ints(max_rows, 4),
+            ints(4),
+            torch.empty(cells, dtype=torch.float32, device=device),
+            choose(max_rows, bank.max_lora_rank) if engine == "cuda" else TRITON,
+            engine,
+        )
+
+    def of(self, row_slots: torch.Tensor, bank: SlotBank) -> Segments:
+        """The segments of a batch, in these buffers: `row_slots` int32[T] on the device, T at most `max_rows`.
+
+        No host synchronisation and, on CUDA, no allocation: it can be captured in a graph.
+        """
+        count = len(row_slots)
+        tiling = choose(count, bank.max_lora_rank) if self.engine == "cuda" else TRITON
+        view = Segments(
+            row_slots, self.rows[:count], self.tiles[:count], self.header, self.partials, tiling, self.engine
+        )
+        if self.engine == "cuda":
+            _build_on_cuda(view, bank)
+        elif self.engine == "triton":
+            _build_in_torch(view, bank)
+        return view
+
+    def most_tiles(self, max_loras: int) -> int:
+        """Tiles that a batch of this many rows can have: each slot in use adds at most one that is not full."""
+        rows = len(self.rows)
+        return min(rows, rows // self.tiling.tile_rows + min(rows, max_loras))
+
+    def begin(self) -> bool:
+        """Whether the next kernel may overlap its predecessor: not where that one builds these segments."""
+        early, self.fresh = not self.fresh, False
+        return early
+
+
+def partial_cells(bank: SlotBank) -> int:
+    """Float32 cells of partial rank vectors a row needs, at most, over all linears of the bank."""
+    widest = max(
+        -(-linear.in_features // PIECE) * linear.slices for layer in bank.layout.layers for linear in layer.values()
+    )
+    return widest * padded_rank(bank.max_lora_rank)
+
+
+def padded_rank(rank: int) -> int:
+    """Cells of a rank vector: whole blocks of 16."""
+    return -(-rank // 16) * 16
+
+
+def _build_on_cuda(view: Segments, bank: SlotBank) -> None:
+    tensors = (view.row_slots, bank.ranks, view.header, view.tiles, view.rows)
+    slots = len(bank.ranks)
+    values = (
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        *(ctypes.c_int(v) for v in (len(view.row_slots), slots, view.tiling.tile_rows)),
+    )
+    nvrtc.kernels(bank.weights.dtype).launch("segment_map", 1, 1024, values, 4 * (3 * slots + 2), early=False)
+
+
+def _build_in_torch(view: Segments, bank: SlotBank) -> None:
+    """The same map from torch operations of fixed shapes, for GPUs and interpreters without the CUDA kernel."""
+    slots, size = len(bank.ranks), view.tiling.tile_rows
+    device = view.row_slots.device
+    keys = torch.where(view.row_slots < 0, slots, view.row_slots).long()
+    counts = torch.zeros(slots + 1, dtype=torch.int64, device=device).scatter_add_(0, keys, torch.ones_like(keys))[
+        :slots
+    ]
+    tile_ends = ((counts + size - 1) // size).cumsum(0)
+    number = torch.arange(len(keys), device=device)
+    slot = torch.searchsorted(tile_ends, number, right=True).clamp(max=slots - 1)
+    within = number - (tile_ends - (counts + size - 1) // size)[slot]
+    first = (counts.cumsum(0) - counts)[slot] + within * size
+    rows = (counts[slot] - within * size).clamp(max=size)
+    view.tiles.copy_(torch.stack([slot, first, rows, bank.ranks[slot].long()], 1))
+    view.rows.copy_(torch.argsort(keys, stable=True))
+    present = torch.where(counts > 0, bank.ranks.long(), 0)
+    view.header[:2] = torch.stack([tile_ends[-1], present.max()])

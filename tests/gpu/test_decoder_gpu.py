@@ -33,7 +33,7 @@ def test_attention_and_rope_equal_the_reference(heads: int) -> None:
         if device == "cpu":
             mine, k, v = mine.float(), k.float(), v.float()
         moved = [torch.from_numpy(a).to(device) for a in inputs.arrays()]
-        _, positions, kv_slots, _, _, _, decode, prefill, _, _ = moved
+        _, positions, kv_slots, _, decode, prefill, _, _ = moved
         out = torch.full((inputs.rows, heads * dim), float("nan"), dtype=mine.dtype, device=device)
         table = torch.from_numpy(tables).to(device)
         ops.rope_and_cache(mine, cos_sin.to(device), positions, kv_slots, k, v, heads)

@@ -1,0 +1,112 @@
+// SGMV on NVIDIA GPUs (sm_80 and later): rows grouped by adapter slot, shrink (in -> rank), expand (rank -> out).
+//
+// Weights are the 16-row operand of mma.m16n8k16 and tokens its 8 columns, so that every fragment is loaded straight
+// from device memory with 16-byte loads and no shared memory, and one to eight tokens cost one instruction.
+//
+// One order of summation whatever the batch (I9): a row's dot product over `in` is cut into runs of 128 (each 8 mma
+// from zero), runs are added in order inside pieces of 1024, pieces are added in order; the rank is walked upwards in
+// blocks of 16. Tile shapes and grids change which thread does a sum, never its order. No atomics touch a result.
+//
+// Every kernel lets its successor start at once and touches x, h and y only after griddepcontrol.wait, which returns
+// when the kernel before has completed (as that one waited for the one before it, all of them have). Weights never
+// change within a step, and the first kernel after the segment map is launched without this overlap, so both may be
+// read before the wait.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define RUN 128
+#define RUNS 8
+#define PIECE (RUN * RUNS)
+
+#ifdef FP16
+#define KIND "f16"
+#else
+#define KIND "bf16"
+#endif
+
+static __device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ uint4 load_weight(const u16* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+static __device__ __forceinline__ uint4 load_row(const u16* p) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+static __device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+    asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+static __device__ __forceinline__ float widen(u32 pair, int high) {
+#ifdef FP16
+    float f;
+    u16 h = high ? (u16)(pair >> 16) : (u16)pair;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+#else
+    return __uint_as_float(high ? (pair & 0xffff0000u) : (pair << 16));
+#endif
+}
+
+static __device__ __forceinline__ u32 word(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+static __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {  // 16 bytes, or zeros
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0));
+}
+
+static __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+template <int LEFT>
+static __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
+}
+
+// One run: 16 rows of A against 8 * NT rows of x; 4 steps of 32 k, two mma each, from zero.
+template <int NT>
+static __device__ __forceinline__ void one_run(float (&acc)[NT][4], const uint4 (&a0)[4], const uint4 (&a1)[4],
+                                               const uint4 (&x)[NT][4]) {
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[j][i] = 0.f;
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            mma(acc[j], a0[s].x, a1[s].x, a0[s].y, a1[s].y, x[j][s].x, x[j][s].y);
+            mma(acc[j], a0[s].z, a1[s].z, a0[s].w, a1[s].w, x[j][s].z, x[j][s].w);
+        }
+    }
+}
+
+#define KERNEL(NAME, THREADS, BLOCKS, ARGS, BODY) \
+    extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void NAME(const __grid_constant__ ARGS p) { BODY(p); }
+#define COMMA ,

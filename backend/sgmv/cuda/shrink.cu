@@ -1,0 +1,237 @@
+struct Shrink {
+    const u16* x;
+    const u16* weights;
+    const int* header;  // tiles, largest rank
+    const int4* tiles;  // slot, first position, rows, rank
+    const int* rows;
+    float* h;  // [pieces][h_rows][slices][h_rank]
+    long long x_stride, slot_stride, a_unit;
+    int in_features, slices, h_rows, h_rank;
+};
+
+static __device__ __forceinline__ float* h_cell(const Shrink& p, int piece, int position, int row, int rank) {
+    const int slice = row / rank;
+    return p.h + (((long long)piece * p.h_rows + position) * p.slices + slice) * p.h_rank + (row - slice * rank);
+}
+
+// What a block of a shrink works on: a tile, a piece of `in`, and `height` rows of A from `block` on.
+struct ShrinkItem {
+    int index, piece, block;
+    int4 tile;
+
+    // The first item from `from` on whose block lies inside its adapter's rank; index >= items if there is none.
+    __device__ __forceinline__ void seek(const Shrink& p, int from, int items, int pieces, int blocks, int block_rows) {
+        for (index = from; index < items; index += gridDim.x) {
+            block = index % blocks;
+            piece = index / blocks % pieces;
+            tile = p.tiles[index / blocks / pieces];
+            if (block * block_rows < p.slices * tile.w) return;
+        }
+    }
+};
+
+static __device__ __forceinline__ void load_a(uint4 (&a0)[4], uint4 (&a1)[4], const Shrink& p, const ShrinkItem& item,
+                                              int warp, int g, int q) {
+    const int k = item.piece * PIECE + warp * RUN + q * 8, row = item.block * 16 + g, height = p.slices * item.tile.w;
+    const u16* a = p.weights + item.tile.x * p.slot_stride + item.tile.w * p.a_unit + (long long)row * p.in_features + k;
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        const bool inside = k + 32 * s < p.in_features;
+        a0[s] = inside && row < height ? load_weight(a + 32 * s) : make_uint4(0, 0, 0, 0);
+        a1[s] = inside && row + 8 < height ? load_weight(a + 8ll * p.in_features + 32 * s) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Short segments: a block is one (tile of 8 * NT rows, piece) and, where there is work for all blocks in that, all of
+// A's rows; else 16 of them. Its 8 warps take one run each. The next 16 rows of A, whichever item they belong to, are
+// fetched while this one's partials are added up.
+template <int NT>
+static __device__ __forceinline__ void shrink_short(const Shrink& p) {
+    __shared__ float partial[2][RUNS][8 * NT * 20];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    const int pieces = (p.in_features + PIECE - 1) / PIECE, blocks = (p.slices * p.header[1] + 15) / 16;
+    const int span = p.header[0] * pieces >= 2 * (int)gridDim.x ? blocks : 1, spans = blocks / span;
+    const int items = p.header[0] * pieces * spans;
+    let_next_start();
+    ShrinkItem now;
+    uint4 a0[4], a1[4], x[NT][4];
+    int row[NT];
+    bool fresh = true;
+    auto rows_of_item = [&]() {
+#pragma unroll
+        for (int j = 0; j < NT; j++) row[j] = p.rows[now.tile.y + min(j * 8 + g, now.tile.z - 1)];
+    };
+    now.seek(p, blockIdx.x, items, pieces, spans, 16 * span);
+    now.block *= span;
+    if (now.index < items) {
+        load_a(a0, a1, p, now, warp, g, q);
+        rows_of_item();
+    }
+    wait_for_previous();
+    for (int parity = 0; now.index < items; parity ^= 1) {
+        const int4 tile = now.tile;
+        const int piece = now.piece, block = now.block, height = p.slices * tile.w, k = piece * PIECE + warp * RUN + q * 8;
+        if (fresh)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int s = 0; s < 4; s++)
+                    x[j][s] = j * 8 + g < tile.z && k + 32 * s < p.in_features
+                                  ? load_row(p.x + row[j] * p.x_stride + k + 32 * s)
+                                  : make_uint4(0, 0, 0, 0);
+        now.block++;
+        fresh = now.block % span == 0 || now.block * 16 >= height;
+        if (fresh) {
+            now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * span);
+            now.block *= span;
+            if (now.index < items) rows_of_item();
+        }
+        float acc[NT][4];
+        one_run<NT>(acc, a0, a1, x);
+        if (now.index < items) load_a(a0, a1, p, now, warp, g, q);
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                partial[parity][warp][(j * 8 + 2 * q + (i & 1)) * 20 + g + (i >> 1) * 8] = acc[j][i];
+        __syncthreads();
+        for (int cell = threadIdx.x; cell < 8 * NT * 16; cell += blockDim.x) {
+            const int token = cell >> 4, r = block * 16 + (cell & 15);
+            if (token < tile.z && r < height) {
+                float sum = 0.f;
+#pragma unroll
+                for (int w = 0; w < RUNS; w++) sum += partial[parity][w][token * 20 + (cell & 15)];
+                *h_cell(p, piece, tile.y + token, r, tile.w) = sum;
+            }
+        }
+    }
+}
+
+#define LONG_ROWS 64
+#define LONG_BLOCKS 4
+#define A_ROW (RUN + 32)  // so that eight lanes' 16-byte reads meet no bank twice
+#define A_STAGES 3
+
+// Long segments: a block is one (tile of 64 rows, piece, up to 64 rows of A); each of its 4 warps walks the piece's
+// runs for its own 16 rows. A is shared through shared memory, x goes straight to registers; both are fetched ahead,
+// across items.
+static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
+    extern __shared__ __align__(16) u16 stages[];  // [A_STAGES][64][A_ROW]
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    const int pieces = (p.in_features + PIECE - 1) / PIECE;
+    const int spans = (p.slices * p.header[1] + 16 * LONG_BLOCKS - 1) / (16 * LONG_BLOCKS);
+    const int items = p.header[0] * pieces * spans;
+    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 lines a pass of 128 threads copies
+    auto runs_of = [&](int piece) { return (min(PIECE, p.in_features - piece * PIECE) + RUN - 1) / RUN; };
+    let_next_start();
+    ShrinkItem a_item, x_item, now;
+    int a_run = 0, x_run = 0, filled = 0, used = 0;
+    a_item.seek(p, blockIdx.x, items, pieces, spans, 16 * LONG_BLOCKS);
+    now = x_item = a_item;
+    auto fetch_a = [&]() {
+        if (a_item.index < items) {
+            const int first = a_item.block * 16 * LONG_BLOCKS, left = p.slices * a_item.tile.w - first;
+            const int k = a_item.piece * PIECE + a_run * RUN + chunk * 8;
+            const u16* from = p.weights + a_item.tile.x * p.slot_stride + a_item.tile.w * p.a_unit +
+                              (long long)(first + line) * p.in_features + k;
+            u16* to = stages + (filled * LONG_ROWS + line) * A_ROW + chunk * 8;
+            const bool inside = k < p.in_features;
+            for (int r = 0; r < min(left + 15, 16 * LONG_BLOCKS) / 16 * 16; r += 8)
+                copy_async(to + r * A_ROW, from + (long long)r * p.in_features, inside && line + r < left);
+            filled = filled + 1 == A_STAGES ? 0 : filled + 1;
+            if (++a_run == runs_of(a_item.piece)) {
+                a_run = 0;
+                a_item.seek(p, a_item.index + gridDim.x, items, pieces, spans, 16 * LONG_BLOCKS);
+            }
+        }
+        commit_copies();
+    };
+    const u16* from[2];
+    bool live[2];
+    uint4 x[2][4];
+    auto point = [&]() {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int token = warp * 16 + j * 8 + g;
+            live[j] = token < x_item.tile.z;
+            from[j] = p.x + p.rows[x_item.tile.y + min(token, x_item.tile.z - 1)] * p.x_stride + x_item.piece * PIECE + q * 8;
+        }
+    };
+    auto fetch_x = [&]() {
+        const int left = p.in_features - x_item.piece * PIECE - q * 8;
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+                x[j][s] = live[j] && x_run * RUN + 32 * s < left ? load_row(from[j] + x_run * RUN + 32 * s)
+                                                                 : make_uint4(0, 0, 0, 0);
+        if (++x_run == runs_of(x_item.piece)) {
+            x_run = 0;
+            x_item.seek(p, x_item.index + gridDim.x, items, pieces, spans, 16 * LONG_BLOCKS);
+            if (x_item.index < items) point();
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < A_STAGES - 1; i++) fetch_a();
+    if (x_item.index < items) point();
+    wait_for_previous();
+    if (x_item.index < items) fetch_x();
+    for (; now.index < items; now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * LONG_BLOCKS)) {
+        const int4 tile = now.tile;
+        const int height = p.slices * tile.w, r0 = now.block * 16 * LONG_BLOCKS, runs = runs_of(now.piece);
+        float sum[LONG_BLOCKS][2][4];
+#pragma unroll
+        for (int i = 0; i < LONG_BLOCKS * 8; i++) sum[i >> 3][i >> 2 & 1][i & 3] = 0.f;
+        for (int run = 0; run < runs; run++) {
+            uint4 b[2][4];
+#pragma unroll
+            for (int i = 0; i < 8; i++) b[i >> 2][i & 3] = x[i >> 2][i & 3];
+            if (x_item.index < items) fetch_x();
+            wait_for_copies<A_STAGES - 2>();
+            __syncthreads();
+            fetch_a();
+            const u16* at = stages + (used * LONG_ROWS + g) * A_ROW + q * 8;
+            used = used + 1 == A_STAGES ? 0 : used + 1;
+#pragma unroll
+            for (int c = 0; c < LONG_BLOCKS; c++) {
+                if (r0 + c * 16 >= height) continue;
+                uint4 a0[4], a1[4];
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    a0[s] = *(const uint4*)(at + c * 16 * A_ROW + s * 32);
+                    a1[s] = *(const uint4*)(at + (c * 16 + 8) * A_ROW + s * 32);
+                }
+                float acc[2][4];
+                one_run<2>(acc, a0, a1, b);
+#pragma unroll
+                for (int i = 0; i < 8; i++) sum[c][i >> 2][i & 3] += acc[i >> 2][i & 3];
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < LONG_BLOCKS; c++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int token = warp * 16 + (i >> 2) * 8 + 2 * q + (i & 1), r = r0 + c * 16 + g + (i >> 1 & 1) * 8;
+                if (token < tile.z && r < height) *h_cell(p, now.piece, tile.y + token, r, tile.w) = sum[c][i >> 2][i & 3];
+            }
+    }
+}
+
+KERNEL(shrink_short_1, 256, 3, Shrink, shrink_short<1>)
+KERNEL(shrink_short_2, 256, 2, Shrink, shrink_short<2>)
+KERNEL(shrink_long, 128, 3, Shrink, run_shrink_long)
+
+// Add the partials of long segments once, so that no column group of an expand has to: cells [pieces][cells] -> [0].
+extern "C" __global__ __launch_bounds__(256) void settle(float* h, int pieces, int cells) {
+    let_next_start();
+    wait_for_previous();
+    const int at = (blockIdx.x * 256 + threadIdx.x) * 4;
+    if (at >= cells) return;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+    for (int piece = 0; piece < pieces; piece++) {
+        const float4 v = *(const float4*)(h + (long long)piece * cells + at);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    *(float4*)(h + at) = sum;
+}

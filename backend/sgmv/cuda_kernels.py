@@ -1,0 +1,156 @@
+"""Launching the CUDA kernels: argument structures, grids, and what each may overlap with."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from backend.sgmv.nvrtc import Kernels, kernels
+from backend.sgmv.segments import PIECE, Segments, padded_rank
+from backend.sgmv.slots import FusedLinear, SlotBank
+
+SETTLED_PIECES = 4
+"""With more pieces than this, long segments have their partials added up by a launch of its own."""
+
+RESIDENT_BLOCKS = {
+    "shrink_short_1": 3,
+    "shrink_short_2": 2,
+    "shrink_long": 3,
+    "expand_short_1": 4,
+    "expand_short_1_ringed": 3,
+    "expand_short_2": 3,
+    "expand_long": 2,
+}
+"""Blocks a multiprocessor holds at a time (`__launch_bounds__` in the sources): grids are no larger."""
+
+
+def _struct(name: str, source: str) -> type[ctypes.Structure]:
+    """The ctypes image of a struct in the sources: `source` is its fields as `type name[count] ...`."""
+    kinds = {"ptr": ctypes.c_void_p, "long": ctypes.c_longlong, "int": ctypes.c_int}
+    fields: list[tuple[str, type]] = []
+    for line in source.split(";"):
+        kind, *names = line.split()
+        for entry in names:
+            field, _, count = entry.partition("[")
+            fields.append((field, kinds[kind] * int(count[:-1]) if count else kinds[kind]))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+ShrinkArgs = _struct(
+    "ShrinkArgs",
+    "ptr x weights header tiles rows h; long x_stride slot_stride a_unit; int in_features slices h_rows h_rank",
+)
+ExpandArgs = _struct(
+    "ExpandArgs",
+    "ptr h weights scaling header tiles rows y; long y_stride slot_stride b_unit[3];"
+    "int width[3] begin[3] groups[3] slices pieces h_rows h_rank",
+)
+LinearArgs = _struct("LinearArgs", "ptr x w y; long x_stride y_stride; int rows in_features out_features")
+
+
+@cache
+def _columns(out_features: tuple[int, ...], per_group: int) -> tuple[tuple[int, ...], ...]:
+    """Per slice (three, the missing ones empty): width, first column, and groups of `per_group` columns."""
+    widths = (*out_features, 0, 0)[:3]
+    begins = (0, widths[0], widths[0] + widths[1])
+    return widths, begins, tuple(-(-width // per_group) for width in widths)
+
+
+def _grid(items: int, name: str, run: Kernels) -> int:
+    return min(items, run.processors * RESIDENT_BLOCKS[name])
+
+
+def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
+    """Partial rank vectors of every adapted row of `x` [T, in] into `segments.partials`."""
+    run, name = kernels(x.dtype), segments.tiling.shrink
+    long = segments.tiling.tile_rows == 64
+    pieces = -(-linear.in_features // PIECE)
+    blocks = -(-linear.slices * bank.max_lora_rank // (64 if long else 16))
+    rows, tiles = len(segments.rows), segments.most_tiles(len(bank.ranks))
+    args = ShrinkArgs(
+        x.data_ptr(), bank.weights.data_ptr(), segments.header.data_ptr(), segments.tiles.data_ptr(),
+        segments.rows.data_ptr(), segments.partials.data_ptr(), x.stride(0), bank.weights.stride(0),
+        linear.a_units[0], linear.in_features, linear.slices, rows, padded_rank(bank.max_lora_rank),
+    )  # fmt: skip
+    shared = 3 * 64 * (128 + 32) * 2 if long else 0
+    run.launch(
+        name, _grid(tiles * pieces * blocks, name, run), 128 if long else 256, (args,), shared, early=segments.begin()
+    )
+
+
+def _settle(run: Kernels, segments: Segments, pieces: int, cells: int) -> None:
+    values = (ctypes.c_void_p(segments.partials.data_ptr()), ctypes.c_int(pieces), ctypes.c_int(cells))
+    run.launch("settle", -(-cells // 1024), 256, values, early=True)
+
+
+def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
+    """Add `scaling * B h` of every adapted row to `out` [T, sum of out_features]; follows `shrink`."""
+    run, name = kernels(out.dtype), segments.tiling.expand
+    rows, rank = len(segments.rows), padded_rank(bank.max_lora_rank)
+    long = segments.tiling.tile_rows == 64
+    pieces = -(-linear.in_features // PIECE)
+    if long and pieces > SETTLED_PIECES:
+        _settle(run, segments, pieces, rows * linear.slices * rank)
+        pieces = 1
+    widths, begins, groups = _columns(linear.out_features, 1024 if long else 512)
+    args = ExpandArgs(
+        segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
+        segments.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(), out.stride(0), bank.weights.stride(0),
+        (*linear.b_units, 0, 0)[:3], widths, begins, groups, linear.slices, pieces, rows, rank,
+    )  # fmt: skip
+    row_bytes, eights = (128 + 8) * 2, 2 if segments.tiling.tile_rows > 8 else 1
+    shared = (4 if long else 2) * rank // 16 * eights * 512
+    if long:
+        shared += 2 * rank * row_bytes
+    elif name.endswith("ringed"):
+        shared += 4 * 3 * 16 * row_bytes
+    run.launch(
+        name, _grid(segments.most_tiles(len(bank.ranks)) * sum(groups), name, run), 128, (args,), shared, early=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A `linear_*` kernel: 16 * `m_tiles` rows of the weight and 8 * `eights` rows of x a block, `depth` ring stages."""
+
+    eights: int
+    m_tiles: int
+    depth: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Rings and sums; so large that a multiprocessor holds one block, and the next launch's waits its turn."""
+        sums = 8 * 8 * self.eights * (16 * self.m_tiles + 4) * 4
+        return 8 * self.depth * (16 * self.m_tiles + 8 * self.eights) * 128 + sums
+
+
+LINEARS = (LinearShape(1, 1, 5), LinearShape(2, 1, 4), LinearShape(4, 2, 2))
+
+
+def _linear_shape(rows: int, run: Kernels) -> LinearShape | None:
+    return next((s for s in LINEARS if rows <= 8 * s.eights and s.shared_bytes <= run.shared_bytes), None)
+
+
+def takes_linear(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `linear` serves `x` [T, in]: at most 32 rows, whole 16-byte vectors, no bias; above, cuBLAS is faster."""
+    return bias is None and x.shape[1] % 8 == 0 and _linear_shape(len(x), kernels(x.dtype)) is not None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """The base product `out = x @ weight.T` of few rows (`takes_linear`), at the speed of reading `weight` once.
+
+    `x` [T, in], `weight` [out, in] contiguous, `out` [T, out]. It begins to fetch `weight` while its predecessor in the
+    stream still runs. A row's bits do not depend on the other rows.
+    """
+    run = kernels(x.dtype)
+    shape = _linear_shape(len(x), run)
+    assert shape is not None, "see takes_linear"
+    features = weight.shape[0]
+    args = LinearArgs(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), len(x), weight.shape[1], features
+    )
+    grid = min(-(-features // (16 * shape.m_tiles)), run.processors)
+    run.launch(f"linear_{8 * shape.eights}", grid, 256, (args,), shape.shared_bytes, early=True)

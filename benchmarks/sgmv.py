@@ -1,0 +1,181 @@
+"""SGMV on this GPU over the peers' grid: `python -m benchmarks.sgmv --out FILE.csv [--peers DIR]`.
+
+Writes FILE.csv (microseconds of one fused linear's LoRA part, alone), FILE_layer.csv (with the base products in one
+graph), FILE_max_loras.csv, FILE_ranks.csv, FILE.json (GPU, versions, date) and FILE.png (time over floor). `--peers DIR`
+prints the comparison with `kernels.csv` and `layer_with_base.csv` of that folder; with `--only compare` nothing is
+measured. `--only tune` writes FILE_tilings.csv. `--cell LAYER,T,DISTRIBUTION,ADAPTERS,RANK` (repeatable) only runs that cell
+once and prints its error: something for a profiler or compute-sanitizer to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from backend.errors import BackendError
+from benchmarks import sgmv_plot
+
+COLUMNS = "impl,layer,T,distribution,n_adapters,rank,median_us,min_us,floor_us,base_gemm_us,rel_err".split(",")
+KEYS = ["layer", "T", "distribution", "n_adapters", "rank"]
+PARTS = ("grid", "layer", "max_loras", "ranks", "tune", "compare")
+
+
+def measure_grid() -> pd.DataFrame:
+    from benchmarks.sgmv_cells import Workbench, grid, time_graph
+    from benchmarks.sgmv_tables import base_gemm_us
+
+    rows, base = [], {}
+    for cell in grid():
+        if (cell.layer, cell.rows) not in base:
+            base[cell.layer, cell.rows] = base_gemm_us(cell.layer, cell.rows)
+        bench = Workbench(cell)
+        error = bench.error()
+        median, least = time_graph(bench.run_all, len(bench.calls))
+        values = (median, least, cell.floor_us(), base[cell.layer, cell.rows], error)
+        rows.append(("ours", cell.layer, cell.rows, cell.distribution, cell.adapters, cell.rank, *values))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def describe() -> dict[str, Any]:
+    from backend.measure import describe_device
+
+    return describe_device("cuda")
+
+
+def _sums(table: pd.DataFrame, column: str) -> pd.Series[float]:
+    return table.groupby(["T", "distribution", "n_adapters", "rank"], sort=False)[column].sum()
+
+
+def compare(ours: pd.DataFrame, peers: Path) -> None:
+    """Print best peer over ours, cell by cell and as a geometric mean."""
+    table = pd.read_csv(peers / "kernels.csv")
+    table = table[table["impl"] != "base_gemm"]
+    best = table.groupby(KEYS)["median_us"].min().rename("best_peer_us")
+    error = table.groupby(KEYS)["rel_err"].min().rename("peer_rel_err")
+    both = ours.set_index(KEYS).join(best, how="inner").join(error)
+    ratio = both["best_peer_us"] / both["median_us"]
+    print(
+        f"cells: {len(both)}; best peer / ours: geometric mean {np.exp(np.log(ratio).mean()):.3f}, least {ratio.min():.3f}"
+    )
+    print(
+        f"cells below 0.95: {(ratio < 0.95).sum()}; ours / floor: geometric mean "
+        f"{np.exp(np.log(both['median_us'] / both['floor_us']).mean()):.3f}"
+    )
+    worse = both["rel_err"] > both["peer_rel_err"]
+    print(
+        f"relative error: ours at most {both['rel_err'].max():.2e}, above the best peer's in {worse.sum()} cells, "
+        f"geometric mean of ours / best peer's {np.exp(np.log(both['rel_err'] / both['peer_rel_err']).mean()):.3f}"
+    )
+    slow = both.assign(ratio=ratio)[ratio < 1.0].sort_values("ratio")
+    if len(slow):
+        print(slow[["median_us", "floor_us", "best_peer_us", "ratio"]].round(3).to_string())
+    layer = both[both.index.get_level_values("rank") == 16].reset_index()
+    sums = pd.DataFrame({c: _sums(layer, c) for c in ("floor_us", "best_peer_us", "median_us")})
+    sums["over_floor"] = sums["median_us"] / sums["floor_us"]
+    print("four linears of a layer, rank 16, us:")
+    print(sums.round(2).to_string())
+
+
+def compare_layer(ours: pd.DataFrame, peers: Path) -> None:
+    """Print what LoRA adds to the base products in one graph, beside 0.75 times the best peer's."""
+    best = pd.read_csv(peers / "layer_with_base.csv").groupby(KEYS)["extra_us"].min().rename("best_peer_extra_us")
+    both = ours.set_index(KEYS).join(best, how="inner").reset_index()
+    both["bar_us"] = 0.75 * both["best_peer_extra_us"]
+    both["own_extra_us"] = both["layer_us"] - both["own_base_us"]
+    over = both[both["extra_us"] > both["bar_us"]]
+    columns = ["layer_us", "base_us", "own_base_us", "extra_us", "own_extra_us", "best_peer_extra_us"]
+    print(pd.DataFrame({c: _sums(both, c) for c in columns}).round(2).to_string())
+    print(f"rows above 0.75 x the best peer's: {len(over)} of {len(both)}")
+    if len(over):
+        print(over[[*KEYS, "extra_us", "bar_us"]].round(2).to_string(index=False))
+
+
+def measure(parts: list[str], out: Path) -> None:
+    import torch
+
+    from benchmarks import sgmv_tables
+
+    if not torch.cuda.is_available():
+        raise BackendError("benchmarks.sgmv: torch sees no CUDA device here")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "grid": (out, measure_grid),
+        "layer": (out.with_name(f"{out.stem}_layer.csv"), lambda: pd.DataFrame(sgmv_tables.layer_with_base())),
+        "max_loras": (out.with_name(f"{out.stem}_max_loras.csv"), lambda: pd.DataFrame(sgmv_tables.over_max_loras())),
+        "ranks": (out.with_name(f"{out.stem}_ranks.csv"), lambda: pd.DataFrame(sgmv_tables.over_ranks())),
+        "tune": (out.with_name(f"{out.stem}_tilings.csv"), lambda: pd.DataFrame(sgmv_tables.over_tilings())),
+    }
+    for part in parts:
+        path, run = tables[part]
+        run().to_csv(path, index=False, float_format="%.6g")
+        print(f"{part}: {path}")
+    out.with_suffix(".json").write_text(json.dumps(describe(), indent=1) + "\n")
+
+
+def run_once(text: str) -> None:
+    """Run one cell's kernels once: its LoRA part, and the base product where ours takes it."""
+    import torch
+
+    from backend.linears import linear_with_lora
+    from backend.sgmv.cuda_kernels import takes_linear
+    from benchmarks.sgmv_cells import LINEARS, Cell, Workbench
+
+    try:
+        layer, rows, distribution, adapters, rank = text.split(",")
+        cell = Cell(layer, int(rows), distribution, int(adapters), int(rank))
+    except ValueError as error:
+        raise BackendError(
+            f"--cell {text}: must be LAYER,T,DISTRIBUTION,ADAPTERS,RANK as in the CSV ({error})"
+        ) from error
+    if layer not in LINEARS:
+        raise BackendError(f"--cell {text}: LAYER must be one of {', '.join(LINEARS)}")
+    bench = Workbench(cell, sets=1)
+    linear, segments = bench.calls[0]
+    weight = torch.randn(sum(linear.out_features), linear.in_features, dtype=torch.bfloat16, device="cuda")
+    out = torch.zeros_like(bench.y)
+    if takes_linear(bench.x, None):
+        linear_with_lora(bench.x, weight, out, None, bench.bank, linear, segments, kernels=True)
+    torch.cuda.synchronize()
+    print(f"{text}: relative error {bench.error():.2e}, finite {bool(out.isfinite().all())}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sgmv", description=__doc__)
+    parser.add_argument("--cell", action="append", help="run this cell once, measure nothing")
+    parser.add_argument(
+        "--out", type=Path, default=Path("sgmv.csv"), help="the CSV file to write; others lie beside it"
+    )
+    parser.add_argument("--peers", type=Path, help="folder with the peers' kernels.csv and layer_with_base.csv")
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="measure this part (repeatable); default: all but tune"
+    )
+    args = parser.parse_args(argv)
+    parts = [p for p in (args.only or [p for p in PARTS if p != "tune"]) if p != "compare"]
+    try:
+        for cell in args.cell or []:
+            run_once(cell)
+        if args.cell:
+            return 0
+        if parts:
+            measure(parts, args.out)
+        if args.peers and args.out.is_file():
+            compare(pd.read_csv(args.out), args.peers)
+        layer = args.out.with_name(f"{args.out.stem}_layer.csv")
+        if args.peers and layer.is_file():
+            compare_layer(pd.read_csv(layer), args.peers)
+        if args.out.is_file():
+            sgmv_plot.draw(pd.read_csv(args.out), args.peers, args.out.with_suffix(".png"))
+    except (BackendError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
