@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,10 +20,11 @@ from backend.base import AdapterShape, EngineLimits, StepBatch
 from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.errors import BackendError
 from backend.features import StepFeatures
+from backend.fitting import accuracy, features_of, load_curve
 from backend.live import GRAPH_SIZES, LiveBackend
 from backend.memory import memory_plan
-from backend.predictor import Predictor, fit_predictor
-from backend.profile import LoadCurve, Profile
+from backend.predictor import fit_predictor
+from backend.profile import Profile, write_profile
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
@@ -101,17 +101,6 @@ def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
 
 
-def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
-    """Latency and bandwidth through the medians of each rank, both >= 0."""
-    from scipy.optimize import nnls
-
-    medians = loads[loads["kind"] == kind].groupby("nbytes")["elapsed_s"].median()
-    size = medians.index.to_numpy(dtype=float)
-    weight = 1.0 / medians.to_numpy()
-    (latency, per_byte), _ = nnls(np.stack([weight, size * weight], 1) * [1.0, 1e-9], np.ones(len(size)))
-    return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9))
-
-
 def measure_steps(
     backend: LiveBackend, batches: Iterable[StepBatch], slot_ranks: dict[int, int], kind: str, repeats: int
 ) -> pd.DataFrame:
@@ -133,21 +122,6 @@ def measure_steps(
             }
         )
     return pd.DataFrame(rows)
-
-
-def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
-    """The features back from a table of measured steps."""
-    names = list(StepFeatures.__slots__)
-    return [
-        StepFeatures(**dict(zip(names, row, strict=True))) for row in steps[names].itertuples(index=False, name=None)
-    ]
-
-
-def accuracy(predictor: Predictor, steps: pd.DataFrame) -> dict[str, float]:
-    """Relative error of predicted elapsed seconds on `steps`: count, mean absolute (MAPE) and 95th percentile."""
-    predicted = np.array([sum(predictor.predict(f)[:2]) for f in features_of(steps)])
-    error = np.abs(predicted / steps["elapsed_s"].to_numpy() - 1.0)
-    return {"steps": len(steps), "mape": float(error.mean()), "p95": float(np.quantile(error, 0.95))}
 
 
 def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: bool = False) -> Profile:
@@ -212,15 +186,3 @@ def profile_from(
         accuracy(predictor, steps[steps["kind"] == "held_out"]),
         {**describe_device(device), **meta},
     )
-
-
-def write_profile(profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, out: Path) -> None:
-    """Write the profile's folder in one move, so that a broken-off one never looks whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".profile-") as scratch:
-        folder = Path(scratch) / "profile"
-        folder.mkdir()
-        profile.write(folder)
-        steps.to_parquet(folder / "steps.parquet", index=False)
-        loads.to_parquet(folder / "loads.parquet", index=False)
-        folder.rename(out)

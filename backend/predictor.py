@@ -134,12 +134,30 @@ class Predictor:
         return cls(tuple(data["graph_sizes"]), regimes)
 
 
-def _nonnegative(matrix: FloatArray, target: FloatArray, weight: FloatArray) -> tuple[float, ...]:
+_TERMS = (
+    "kv_tokens", "max_kv_few", "max_kv", "ragged", "prefill_pairs", "samples", "requests", "active_adapters",
+    "rank_sum", "lora_tiles", "row_rank", "adapted",
+)  # fmt: skip
+"""The terms after the two hats, in the order of `Regime.terms`."""
+
+_LEAN = frozenset({"prefill_pairs", "rank_sum", "adapted"})
+"""Those that a sparse table, of one rank and one context, can tell apart."""
+
+
+def _nonnegative(
+    matrix: FloatArray, target: FloatArray, weight: FloatArray, fixed: Mapping[int, float]
+) -> tuple[float, ...]:
+    """Coefficients >= 0 of the least relative error; `fixed` ones are given, by column."""
     from scipy.optimize import nnls
 
+    given = np.zeros(matrix.shape[1])
+    given[list(fixed)] = list(fixed.values())
+    rest = np.maximum(target - matrix @ given, 0.0)
+    free = np.array([i not in fixed for i in range(matrix.shape[1])])
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-30)
-    solution, _ = nnls(matrix / scale * weight[:, None], target * weight, maxiter=100 * matrix.shape[1])
-    return tuple((solution / scale).tolist())
+    solution, _ = nnls((matrix / scale * weight[:, None])[:, free], rest * weight, maxiter=100 * matrix.shape[1])
+    given[free] = solution / scale[free]
+    return tuple(given.tolist())
 
 
 def fit_regime(
@@ -148,22 +166,35 @@ def fit_regime(
     device_s: FloatArray,
     host_s: FloatArray,
     knots: Sequence[float],
+    seconds_per_key: float | None = None,
 ) -> Regime:
-    """Fit one regime to measured steps; relative errors of the whole step weigh alike."""
+    """Fit one regime to measured steps; relative errors of the whole step weigh alike.
+
+    `seconds_per_key`: what reading one cached key costs, for sparse tables in which contexts do not vary: it is taken as
+    given, and only terms that such a table can tell apart are fitted.
+    """
     ranges = {k: [float(getattr(f, k)) for f in steps] for k in _BOUNDED}
     low = {k: min(v) for k, v in ranges.items()}
     high = {k: max(v) for k, v in ranges.items()}
     empty = Regime(tuple(knots), (), (), low, high)
     matrix = np.array([empty.terms(f, size) for f, size in zip(steps, sizes, strict=True)])
     weight = 1.0 / (device_s + host_s)
-    device = _nonnegative(matrix, device_s, weight)
-    return Regime(tuple(knots), device, _nonnegative(matrix, host_s, weight), low, high)
+    no_cost: dict[int, float] = {}
+    if seconds_per_key is not None:
+        no_cost = {2 * len(knots) + i: 0.0 for i, name in enumerate(_TERMS) if name not in _LEAN}
+    keys = {2 * len(knots): seconds_per_key} if seconds_per_key is not None else {}
+    device = _nonnegative(matrix, device_s, weight, no_cost | keys)
+    return Regime(tuple(knots), device, _nonnegative(matrix, host_s, weight, no_cost), low, high)
 
 
 def fit_predictor(
-    steps: Sequence[StepFeatures], device_s: FloatArray, host_s: FloatArray, graph_sizes: Sequence[int]
+    steps: Sequence[StepFeatures],
+    device_s: FloatArray,
+    host_s: FloatArray,
+    graph_sizes: Sequence[int],
+    seconds_per_key: float | None = None,
 ) -> Predictor:
-    """Fit every regime there are steps of; knots are the row counts of its base-only steps."""
+    """Fit every regime there are steps of; knots are the row counts of its base-only steps (`fit_regime`)."""
     placing = Predictor(tuple(graph_sizes), {})
     placed = [placing.regime(f) for f in steps]
     regimes: dict[str, Regime] = {}
@@ -172,9 +203,16 @@ def fit_predictor(
         if not chosen:
             continue
         rows = sorted({placed[i][1] for i in chosen if not steps[i].active_adapters})
+        if not rows:
+            raise BackendError(f"a profile needs measured {name} steps without adapters beside those with")
         knots = [float(r) for r in rows] if name == "decode" else _thinned(rows)
         regimes[name] = fit_regime(
-            [steps[i] for i in chosen], [placed[i][1] for i in chosen], device_s[chosen], host_s[chosen], knots
+            [steps[i] for i in chosen],
+            [placed[i][1] for i in chosen],
+            device_s[chosen],
+            host_s[chosen],
+            knots,
+            seconds_per_key,
         )
     if "eager" not in regimes:
         raise BackendError("a profile needs measured steps beyond the captured sizes")

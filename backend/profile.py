@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
 from backend.predictor import Predictor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 1
 
@@ -96,3 +101,15 @@ def load_profile(name_or_path: str) -> Profile:
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise BackendError(f"{where}: not a profile ({error}); measure it again") from error
+
+
+def write_profile(profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, out: Path) -> None:
+    """Write the profile's folder in one move, so that a broken-off one never looks whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".profile-") as scratch:
+        folder = Path(scratch) / "profile"
+        folder.mkdir()
+        profile.write(folder)
+        steps.to_parquet(folder / "steps.parquet", index=False)
+        loads.to_parquet(folder / "loads.parquet", index=False)
+        folder.rename(out)

@@ -28,6 +28,19 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     measure.add_argument("--out", type=Path, required=True, help="the profile folder to make")
     measure.add_argument("--quick", action="store_true", help="a coarse grid, for a first look")
+    logs = measure.add_argument_group("from another engine's logs, with nothing executed")
+    logs.add_argument(
+        "--from-steps", type=Path, nargs="+", metavar="FILE", help="its step logs and timing tables (CSV)"
+    )
+    logs.add_argument(
+        "--hold-out", type=Path, nargs="+", default=[], metavar="FILE", help="logs that only check the fit"
+    )
+    logs.add_argument("--engine", type=Path, metavar="JSON", help="what ran: gpu, capture_sizes")
+    logs.add_argument("--rank", type=int, help="rank of the adapters in the logs")
+    logs.add_argument("--gpu-memory-gib", type=float, help="memory of the GPU that the logs come from")
+    logs.add_argument(
+        "--bandwidth-gb-s", type=float, help="its bandwidth, where all logs have one context and one rank"
+    )
     sweep = verbs.add_parser("sweep", help="run a scenario over a grid of settings; the same command takes it up again")
     sweep.add_argument("scenario", help="a TOML file, or a shipped scenario (demo-servegen, demo-azure)")
     sweep.add_argument("--set", action="append", required=True, metavar="TABLE.KEY=V1,V2,…", help="values to try")
@@ -65,11 +78,33 @@ def _run(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     from backend.geometry import load_geometry
-    from backend.measure import measure_profile
 
-    profile = measure_profile(geometry=load_geometry(args.geometry), device=args.device, out=args.out, quick=args.quick)
+    geometry = load_geometry(args.geometry)
+    if args.from_steps:
+        from backend.from_steps import profile_from_steps
+
+        needed = {"engine": args.engine, "rank": args.rank, "gpu_memory_gib": args.gpu_memory_gib}
+        for name, value in needed.items():
+            if value is None or (name != "engine" and not value > 0):
+                raise BackendError(
+                    f"--from-steps needs --{name.replace('_', '-')}, greater than 0 where it is a number"
+                )
+        if args.bandwidth_gb_s is not None and not args.bandwidth_gb_s > 0:
+            raise BackendError(f"--bandwidth-gb-s is {args.bandwidth_gb_s}, must be > 0")
+        profile = profile_from_steps(
+            args.from_steps,
+            args.hold_out,
+            geometry=geometry,
+            bandwidth_gb_s=args.bandwidth_gb_s,
+            out=args.out,
+            **needed,
+        )
+    else:
+        from backend.measure import measure_profile
+
+        profile = measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
     facts = profile.accuracy
-    print(f"held-out random steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
+    print(f"held-out steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
     print(args.out)
 
 

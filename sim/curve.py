@@ -117,7 +117,7 @@ def measured_points(profile: str, batch: int, rank: int, context: int) -> pd.Dat
     if file is None:
         return empty
     steps = pd.read_parquet(file)
-    steps = steps[steps["decode_only"] & (steps["requests"] == batch)]
+    steps = steps[steps["decode_only"] & (steps["requests"] == batch) & (steps["kind"] != "held_out")]
     same_rank = steps["rank_sum"] == rank * steps["active_adapters"]
     near = (steps["kv_tokens"] / batch).between(0.8 * context, 1.25 * context)
     chosen = steps[same_rank & near & (steps["lora_rows"].isin([0, batch]))]

@@ -150,4 +150,8 @@ def profile_facts(scenario: Scenario) -> dict[str, object]:
     from backend.profile import load_profile
 
     loaded = load_profile(scenario.profile)
-    return {"profile_gpu": loaded.meta.get("gpu"), **{f"profile_{k}": v for k, v in loaded.accuracy.items()}}
+    engine = f"vLLM {loaded.meta['vllm']} on " if "vllm" in loaded.meta else ""
+    return {
+        "profile_gpu": f"{engine}{loaded.meta.get('gpu')}",
+        **{f"profile_{k}": v for k, v in loaded.accuracy.items()},
+    }

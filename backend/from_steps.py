@@ -1,0 +1,91 @@
+"""A profile from another engine's step logs: planning for the engine one runs, without measuring ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from backend.errors import BackendError
+from backend.fitting import accuracy, features_of, load_curve
+from backend.geometry import ModelGeometry
+from backend.predictor import fit_predictor
+from backend.profile import LoadCurve, Profile, write_profile
+from backend.step_logs import read_loads, read_steps
+
+FREE_BYTES_PER_S = 1e15
+"""Stands for no cost per byte where moves of one size were measured: nothing says how they depend on it."""
+
+
+def profile_from_steps(
+    logs: Sequence[Path],
+    held_out: Sequence[Path],
+    engine: Path,
+    *,
+    geometry: ModelGeometry,
+    rank: int,
+    gpu_memory_gib: float,
+    bandwidth_gb_s: float | None,
+    out: Path,
+) -> Profile:
+    """Fit a profile to `logs` (kinds in `step_logs`), check it on `held_out`, and write it into the new folder `out`.
+
+    `engine`: JSON with at least `gpu` and `capture_sizes` (rows that CUDA graphs were captured for; empty: none); its
+    `vllm`, `torch`, `date` are kept. `bandwidth_gb_s`: for timing tables of one context and one rank, which do not say what
+    a longer context costs: keys are then taken to be read at this rate. Raises `BackendError`.
+    """
+    if out.exists():
+        raise BackendError(f"--out {out}: exists already; name a new folder")
+    facts = _engine_facts(engine)
+    fitted, checked = read_steps(logs, rank, "grid"), read_steps(held_out, rank, "held_out")
+    if fitted.empty:
+        raise BackendError(f"--from-steps {logs[0]}: no steps in these files, only adapter moves")
+    loads = read_loads([*logs, *held_out], rank, geometry.lora_bytes(rank))
+    predictor = fit_predictor(
+        features_of(fitted),
+        fitted["device_s"].to_numpy(),
+        fitted["host_s"].to_numpy(),
+        facts.pop("capture_sizes"),
+        None if bandwidth_gb_s is None else geometry.kv_bytes_per_token / bandwidth_gb_s / 1e9,
+    )
+    judged = checked if len(checked) else fitted
+    meta = {"geometry": geometry.name, "rank": rank, "from": [p.name for p in logs], **facts}
+    profile = Profile(
+        out.name,
+        int(gpu_memory_gib * (1 << 30)),
+        predictor,
+        _moves(loads, "stage"),
+        _moves(loads, "load"),
+        accuracy(predictor, judged),
+        meta,
+    )
+    write_profile(profile, pd.concat([fitted, checked], ignore_index=True), loads, out)
+    return profile
+
+
+def _engine_facts(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackendError(f"--engine {path}: not a JSON file ({error})") from error
+    sizes = data.get("capture_sizes") if isinstance(data, dict) else None
+    if not isinstance(sizes, list) or not all(isinstance(s, int) and s > 0 for s in sizes) or "gpu" not in data:
+        raise BackendError(f"--engine {path}: needs gpu and capture_sizes, the rows that graphs were captured for")
+    kept = {key: data[key] for key in ("gpu", "vllm", "torch", "date", "cudagraph_mode") if key in data}
+    return {"capture_sizes": sorted(sizes), **kept}
+
+
+def _moves(loads: pd.DataFrame, kind: str) -> LoadCurve:
+    """The curve of a kind of move; a constant where one size was measured, none where nothing was."""
+    chosen = loads[loads["kind"] == kind]
+    if chosen.empty:
+        raise BackendError(
+            f"no {kind} of an adapter in these files: give a table with load_from_disk_ms and activate_ms"
+        )
+    if len(set(chosen["nbytes"])) == 1:
+        return LoadCurve(float(np.median(chosen["elapsed_s"])), FREE_BYTES_PER_S)
+    return load_curve(loads, kind)

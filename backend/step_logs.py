@@ -1,0 +1,172 @@
+"""What another engine took: its step logs and timing tables as the table of measured steps a profile is fitted to.
+
+Four kinds of CSV, told apart by their columns (times in ms):
+
+- a step log `NAME_steps.csv`: a row a step with `total_ms` (the whole step), `sample_ms` (its GPU part), `loads`, `load_ms`,
+  `activations`, `act_ms`; beside it `NAME_sched.jsonl.gz`, a line a step `[step, [[request, tokens], ...]]`, and
+  `NAME_requests.csv` with `req`, `prompt_tokens`, `adapter_id` (0: none);
+- a decode table: `B` requests over `D` adapters, keys from `ctx_first` to `ctx_last`, `median_ms`, `sample_ms`;
+- a prefill table: `tokens` in `n_prompts` prompts over `D` adapters, `step_ms`, `sample_ms`;
+- a load table: `load_from_disk_ms` (disk to host, 0: was there), `activate_ms` (host to slot, 0: was there).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from backend.base import NO_SLOT, StepBatch
+from backend.errors import BackendError
+from backend.features import StepFeatures
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "steps": ("total_ms", "sample_ms", "loads", "activations"),
+    "decode": ("B", "D", "ctx_first", "ctx_last", "median_ms", "sample_ms"),
+    "prefill": ("tokens", "n_prompts", "D", "step_ms", "sample_ms"),
+    "loads": ("load_from_disk_ms", "activate_ms"),
+}
+_WARM_UP = 1
+"""First repetitions of a prefill cell that are left out."""
+
+
+def read_table(path: Path) -> tuple[str, pd.DataFrame]:
+    """The kind of a CSV (`steps`, `decode`, `prefill` or `loads`) and its rows. Raises `BackendError` for any other."""
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError as error:
+        raise BackendError(f"{path}: no such file") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise BackendError(f"{path}: not a CSV table ({str(error).strip()})") from error
+    for kind, needed in _KINDS.items():
+        if set(needed) <= set(table.columns):
+            for column in needed:
+                values = pd.to_numeric(table[column], errors="coerce")
+                wrong = table.index[values.isna() | (values < 0)]
+                if len(wrong):
+                    bad = table.loc[wrong[0], column]
+                    raise BackendError(f"{path}:{wrong[0] + 2}: {column} is {bad}, must be a number >= 0")
+                table[column] = values
+            return kind, table
+    known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in _KINDS.items())
+    raise BackendError(f"{path}: none of the kinds of table that are known by their columns ({known})")
+
+
+def read_steps(paths: Sequence[Path], rank: int, kind: str) -> pd.DataFrame:
+    """All measured steps of `paths` (load tables left out) as rows of `kind`; every adapter has `rank`."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        table_kind, table = read_table(path)
+        if table_kind == "steps":
+            rows += _from_log(path, table, rank)
+        elif table_kind == "decode":
+            rows += [_from_decode(row, rank) for row in table.to_dict("records")]
+        elif table_kind == "prefill":
+            rows += _from_prefill(table, rank)
+    return pd.DataFrame([{"kind": kind, **row} for row in rows])
+
+
+def read_loads(paths: Sequence[Path], rank: int, nbytes: int) -> pd.DataFrame:
+    """Adapter moves of all load tables: `kind` (`stage`: disk to host, `load`: host to slot), `rank`, `nbytes`, `elapsed_s`."""
+    rows = []
+    for path in paths:
+        table_kind, table = read_table(path)
+        if table_kind != "loads":
+            continue
+        for kind, column in (("stage", "load_from_disk_ms"), ("load", "activate_ms")):
+            rows += [(kind, rank, nbytes, ms / 1e3) for ms in table[column] if ms > 0]
+    return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
+
+
+def _row(batch: StepBatch, rank: int, total_ms: float, device_ms: float, spread: tuple[float, float]) -> dict[str, Any]:
+    features = StepFeatures.of(batch, {slot: rank for slot in batch.slots if slot != NO_SLOT})
+    total, device = total_ms / 1e3, min(device_ms, total_ms) / 1e3
+    times = {"device_s": device, "host_s": total - device, "elapsed_s": total}
+    return {**asdict(features), **times, "p10_s": spread[0] / 1e3, "p90_s": spread[1] / 1e3}
+
+
+def _spread_slots(requests: int, adapters: int) -> tuple[int, ...]:
+    return tuple(i % adapters if adapters else NO_SLOT for i in range(requests))
+
+
+def _from_decode(row: dict[Any, Any], rank: int) -> dict[str, Any]:
+    requests, median = int(row["B"]), float(row["median_ms"])
+    context = round((row["ctx_first"] + row["ctx_last"]) / 2)
+    slots = _spread_slots(requests, int(row["D"]))
+    batch = StepBatch((1,) * requests, (context,) * requests, slots, (True,) * requests)
+    spread = (float(row.get("p10_ms", median)), float(row.get("p90_ms", median)))
+    return _row(batch, rank, median, float(row["sample_ms"]), spread)
+
+
+def _from_prefill(table: pd.DataFrame, rank: int) -> list[dict[str, Any]]:
+    rows = []
+    for _, cell in table.groupby(["tokens", "n_prompts", "D"], sort=False):
+        tokens, count, adapters = (int(cell[name].iloc[0]) for name in ("tokens", "n_prompts", "D"))
+        kept = cell.iloc[_WARM_UP:] if len(cell) > _WARM_UP else cell
+        batch = StepBatch((tokens // count,) * count, (0,) * count, _spread_slots(count, adapters), (True,) * count)
+        low, median, high = kept["step_ms"].quantile([0.1, 0.5, 0.9])
+        rows.append(_row(batch, rank, median, kept["sample_ms"].median(), (low, high)))
+    return rows
+
+
+def _from_log(path: Path, table: pd.DataFrame, rank: int) -> list[dict[str, Any]]:
+    """The steps of a log in which no adapter moved."""
+    if not path.name.endswith("_steps.csv"):
+        raise BackendError(
+            f"{path}: a step log must be named NAME_steps.csv, beside NAME_sched.jsonl.gz and NAME_requests.csv"
+        )
+    stem = path.name.removesuffix("_steps.csv")
+    prompts, slots = _requests(path.with_name(f"{stem}_requests.csv"))
+    plan = path.with_name(f"{stem}_sched.jsonl.gz")
+    computed = dict.fromkeys(prompts, 0)
+    rows = []
+    for step, parts in _schedule(plan):
+        if step >= len(table):
+            raise BackendError(f"{plan}: step {step} is not in {path.name}, which has {len(table)} steps")
+        query, context, slot, samples = [], [], [], []
+        for request, tokens in parts:
+            if request not in prompts:
+                raise BackendError(f"{plan}: step {step} names request {request}, which {stem}_requests.csv lacks")
+            query.append(tokens)
+            context.append(computed[request])
+            slot.append(slots[request])
+            computed[request] += tokens
+            samples.append(computed[request] >= prompts[request])
+        line = table.iloc[step]
+        if query and not line["loads"] and not line["activations"]:
+            batch = StepBatch(tuple(query), tuple(context), tuple(slot), tuple(samples))
+            rows.append(_row(batch, rank, line["total_ms"], line["sample_ms"], (line["total_ms"], line["total_ms"])))
+    return rows
+
+
+def _requests(path: Path) -> tuple[dict[int, int], dict[int, int]]:
+    """Prompt tokens and slot of each request."""
+    if not path.is_file():
+        raise BackendError(f"{path}: missing; a step log needs its requests beside it")
+    table = pd.read_csv(path)
+    for column in ("req", "prompt_tokens", "adapter_id"):
+        if column not in table.columns:
+            raise BackendError(f"{path}: has no column {column}; needs req, prompt_tokens, adapter_id")
+    adapters = table["adapter_id"].astype(int) - 1
+    names = table["req"].astype(int)
+    return dict(zip(names, table["prompt_tokens"].astype(int), strict=True)), dict(zip(names, adapters, strict=True))
+
+
+def _schedule(path: Path) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Steps in order: number, and (request, tokens) of each that was scheduled."""
+    if not path.is_file():
+        raise BackendError(f"{path}: missing; a step log needs its schedule beside it")
+    steps = []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                step, parts = json.loads(line)
+                steps.append((int(step), [(int(request), int(tokens)) for request, tokens in parts]))
+            except (ValueError, TypeError) as error:
+                raise BackendError(f"{path}:{number}: must be [step, [[request, tokens], ...]] ({error})") from error
+    return steps
