@@ -34,3 +34,9 @@ def accuracy(predictor: Predictor, steps: pd.DataFrame) -> dict[str, float]:
     predicted = np.array([sum(predictor.predict(f)[:2]) for f in features_of(steps)])
     error = np.abs(predicted / steps["elapsed_s"].to_numpy() - 1.0)
     return {"steps": len(steps), "mape": float(error.mean()), "p95": float(np.quantile(error, 0.95))}
+
+
+def accuracy_by_regime(predictor: Predictor, steps: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """`accuracy` of each of the predictor's regimes that `steps` has any of."""
+    regime = pd.Series([predictor.regime(f)[0] for f in features_of(steps)], index=steps.index)
+    return {name: accuracy(predictor, steps[regime == name]) for name in predictor.regimes if (regime == name).any()}

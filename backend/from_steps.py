@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from backend.errors import BackendError
-from backend.fitting import accuracy, features_of, load_curve
+from backend.fitting import accuracy, accuracy_by_regime, features_of, load_curve
 from backend.geometry import ModelGeometry
 from backend.predictor import fit_predictor
 from backend.profile import LoadCurve, Profile, write_profile
@@ -53,7 +53,14 @@ def profile_from_steps(
         None if bandwidth_gb_s is None else geometry.kv_bytes_per_token / bandwidth_gb_s / 1e9,
     )
     judged = checked if len(checked) else fitted
-    meta = {"geometry": geometry.name, "rank": rank, "from": [p.name for p in logs], **facts}
+    by_regime = accuracy_by_regime(predictor, judged)
+    meta = {
+        "accuracy_by_regime": by_regime,
+        "geometry": geometry.name,
+        "rank": rank,
+        "from": [p.name for p in logs],
+        **facts,
+    }
     profile = Profile(
         out.name,
         int(gpu_memory_gib * (1 << 30)),

@@ -105,6 +105,9 @@ def _measure(args: argparse.Namespace) -> None:
         profile = measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
     facts = profile.accuracy
     print(f"held-out steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
+    by_regime = profile.meta.get("accuracy_by_regime")
+    for name, part in by_regime.items() if isinstance(by_regime, dict) else ():
+        print(f"  {name}: {part['steps']}, MAPE {part['mape']:.2%}, p95 {part['p95']:.2%}")
     print(args.out)
 
 
