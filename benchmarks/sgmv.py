@@ -96,6 +96,13 @@ def compare_layer(ours: pd.DataFrame, peers: Path) -> None:
         print(over[[*KEYS, "extra_us", "bar_us"]].round(2).to_string(index=False))
 
 
+def show_ranks(ours: pd.DataFrame) -> None:
+    """Print ranks mixed in one batch beside one rank for all, four linears of a layer."""
+    print(
+        ours.groupby(["T", "distribution", "ranks"], sort=False)[["median_us", "floor_us"]].sum().round(2).to_string()
+    )
+
+
 def measure(parts: list[str], out: Path) -> None:
     import torch
 
@@ -169,6 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         layer = args.out.with_name(f"{args.out.stem}_layer.csv")
         if args.peers and layer.is_file():
             compare_layer(pd.read_csv(layer), args.peers)
+        ranks = args.out.with_name(f"{args.out.stem}_ranks.csv")
+        if ranks.is_file():
+            show_ranks(pd.read_csv(ranks))
         if args.out.is_file():
             sgmv_plot.draw(pd.read_csv(args.out), args.peers, args.out.with_suffix(".png"))
     except (BackendError, FileNotFoundError) as error:

@@ -73,7 +73,7 @@ def test_segments_cover_every_adapted_row_once(row_slots: list[int], tile_rows: 
     assert int(segments.header[0]) <= segments.most_tiles(len(ranks))
 
 
-@given(st.integers(1, 20_000), st.sampled_from([8, 16, 64, 128]))
+@given(st.integers(1, 20_000), st.sampled_from([8, 16, 64, 128, 512]))
 def test_every_batch_has_a_tiling(rows: int, max_rank: int) -> None:
     tiling = choose(rows, max_rank)
     assert tiling in ALL

@@ -24,6 +24,9 @@ MANY = Tiling(16, "shrink_short_2", "expand_short_2")
 LONG = Tiling(64, "shrink_long", "expand_long")
 ALL = (FEW, FEW_RINGED, MANY, LONG)
 
+LONG_RANK = 128
+"""Largest rank whose B fits the shared memory of `expand_long` twice."""
+
 TRITON = Tiling(16, "", "")
 
 
@@ -34,6 +37,6 @@ def choose(rows: int, max_lora_rank: int) -> Tiling:
         return FEW if small else FEW_RINGED
     if rows <= 128 and small:
         return FEW
-    if rows <= 512 or (rows <= 2048 and small):
+    if rows <= 512 or (rows <= 2048 and small) or max_lora_rank > LONG_RANK:
         return MANY
     return LONG
