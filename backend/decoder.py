@@ -14,7 +14,7 @@ import torch
 
 from backend.linears import linear_with_lora
 from backend.sgmv import Segments, SlotBank, SlotLayout
-from backend.step_inputs import DECODE_TILE, PREFILL_TILE, StepInputs
+from backend.step_inputs import DECODE_TILE, StepInputs, prefill_tile
 
 if TYPE_CHECKING:
     from backend.base import EngineLimits
@@ -61,6 +61,7 @@ class Decoder:
         seed: int = 0,
     ) -> None:
         self.geometry = geometry
+        self.long_tile = prefill_tile(geometry.num_heads // geometry.num_kv_heads)
         self.device = device
         self.on_cuda = device.type == "cuda"
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -154,7 +155,7 @@ class Decoder:
         out = self.heads_out[: len(qkv)]
         self.ops.rope_and_cache(qkv, self.cos_sin, inputs.positions, inputs.kv_slots, k, v, heads)
         self.ops.attention(qkv, k, v, out, inputs.decode_tiles, tables, heads, DECODE_TILE)
-        self.ops.attention(qkv, k, v, out, inputs.prefill_tiles, tables, heads, PREFILL_TILE)
+        self.ops.attention(qkv, k, v, out, inputs.prefill_tiles, tables, heads, self.long_tile)
         return out
 
     @torch.inference_mode()

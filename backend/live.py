@@ -120,7 +120,7 @@ class LiveBackend:
         tables = self._host_tables.numpy()
         for row, blocks in enumerate(batch.block_tables):
             tables[row, : len(blocks)] = blocks
-        return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size)
+        return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size, self.decoder.long_tile)
 
     def _padding(self, batch: StepBatch, inputs: StepInputs) -> Padding | None:
         """What a step is padded to; None where no graph serves it (CPU, or too many rows)."""

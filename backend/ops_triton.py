@@ -92,9 +92,9 @@ def rope_and_cache(
 
 @triton.jit
 def _attention(
-    q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, tiles_ptr, tables_ptr, table_stride, scale,
+    q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, partial_ptr, tiles_ptr, tables_ptr, table_stride, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -104,6 +104,11 @@ def _attention(
     row0 = tl.load(tiles_ptr + tile * 4 + 1)
     position0 = tl.load(tiles_ptr + tile * 4 + 2)
     count = tl.load(tiles_ptr + tile * 4 + 3)
+    end = position0 + count
+    share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
+    first = tl.program_id(2) * share
+    if first >= end:
+        return
     group: tl.constexpr = heads // kv_heads
     m = tl.arange(0, BLOCK_Q * GROUP)
     token = m // GROUP
@@ -119,10 +124,9 @@ def _attention(
     peak = tl.full((BLOCK_Q * GROUP,), -1.0e30, dtype=tl.float32)
     total = tl.zeros((BLOCK_Q * GROUP,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_Q * GROUP, dim), dtype=tl.float32)
-    end = position0 + count
     n = tl.arange(0, BLOCK_N)
     table = tables_ptr + request.to(tl.int64) * table_stride
-    for start in range(0, end, BLOCK_N):
+    for start in range(first, tl.minimum(end, first + share), BLOCK_N):
         key = start + n
         block = tl.load(table + key // block_size, mask=key < end, other=0).to(tl.int64)
         cell = (block * kv_heads + kv_head) * block_size + key % block_size
@@ -137,9 +141,54 @@ def _attention(
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         peak = new_peak
-    result = acc / total[:, None]
-    target = out_ptr + (row0 + token).to(tl.int64)[:, None] * out_stride + head[:, None] * dim + d[None, :]
-    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    if SPLITS == 1:
+        target = out_ptr + (row0 + token).to(tl.int64)[:, None] * out_stride + head[:, None] * dim + d[None, :]
+        tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live[:, None])
+    else:
+        cell = ((tile * kv_heads + kv_head) * SPLITS + tl.program_id(2)) * (BLOCK_Q * GROUP) + m
+        tl.store(partial_ptr + cell[:, None] * (dim + 2) + d[None, :], acc)
+        tl.store(partial_ptr + cell * (dim + 2) + dim, peak)
+        tl.store(partial_ptr + cell * (dim + 2) + dim + 1, total)
+
+
+@triton.jit
+def _merge_splits(
+    partial_ptr, out_ptr, out_stride, tiles_ptr,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    m = tl.program_id(2)
+    group: tl.constexpr = heads // kv_heads
+    token = m // GROUP
+    member = m % GROUP
+    request = tl.load(tiles_ptr + tile * 4)
+    row0 = tl.load(tiles_ptr + tile * 4 + 1)
+    count = tl.load(tiles_ptr + tile * 4 + 3)
+    if (request < 0) | (token >= count) | (member >= group):
+        return
+    end = tl.load(tiles_ptr + tile * 4 + 2) + count
+    blocks = tl.cdiv(end, BLOCK_N)
+    used = tl.cdiv(blocks, tl.cdiv(blocks, SPLITS))
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, dim)
+    cell = ((tile * kv_heads + kv_head) * SPLITS + split) * (BLOCK_Q * GROUP) + m
+    there = split < used
+    peak = tl.load(partial_ptr + cell * (dim + 2) + dim, mask=there, other=-1.0e30)
+    total = tl.load(partial_ptr + cell * (dim + 2) + dim + 1, mask=there, other=0.0)
+    acc = tl.load(partial_ptr + cell[:, None] * (dim + 2) + d[None, :], mask=there[:, None], other=0.0)
+    weight = tl.exp2(peak - tl.max(peak, 0))
+    result = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
+    target = out_ptr + (row0 + token).to(tl.int64) * out_stride + (kv_head * group + member) * dim + d
+    tl.store(target, result.to(out_ptr.dtype.element_ty))
+
+
+LEAST_SPLITS, MOST_SPLITS = 4, 32
+"""Shares that the keys of an attention tile are cut into, if they are: fewer do not pay for the merging."""
+
+PROGRAMS = 528
+"""Programs that few attention tiles are cut into: four for each of an H100's 132 multiprocessors."""
 
 
 def attention(
@@ -155,18 +204,32 @@ def attention(
     """Causal grouped-query attention over paged keys and values.
 
     `tiles` int32[n, 4]: (request or -1, first row, its position, queries <= tile_queries); `tables` int32[requests, blocks];
-    `out` [T, heads * dim]. Keys of the step itself must be in the cache already.
+    `out` [T, heads * dim]. Keys of the step itself must be in the cache already. Few tiles have their keys split over
+    several programs (as in flash decoding); how many depends on `n` alone, so that a graph serves every context.
     """
-    if tiles.shape[0] == 0:
+    count = tiles.shape[0]
+    if count == 0:
         return
     _, kv_heads, block_size, dim = k_cache.shape
     group = triton.next_power_of_2(heads // kv_heads)
     block_q = max(tile_queries, 16 // group)
-    _attention[(tiles.shape[0], kv_heads)](
-        qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), tiles, tables, tables.stride(0), dim**-0.5,
-        heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size,
-        GROUP=group, BLOCK_Q=block_q, BLOCK_N=64, num_warps=8 if block_q * group >= 128 else 4, num_stages=3,
+    rows, scale = block_q * group, dim**-0.5
+    splits = 1
+    while splits < MOST_SPLITS and 2 * splits * count * kv_heads <= PROGRAMS and rows <= 64:
+        splits *= 2
+    splits = splits if splits >= LEAST_SPLITS else 1
+    partial = out
+    if splits > 1:
+        partial = torch.empty(count * kv_heads * splits * rows * (dim + 2), dtype=torch.float32, device=out.device)
+    shapes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "GROUP": group, "BLOCK_Q": block_q, "BLOCK_N": 64}
+    _attention[(count, kv_heads, splits)](
+        qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), partial, tiles, tables, tables.stride(0), scale,
+        block_size=block_size, SPLITS=splits, num_warps=max(4, min(16, rows // 16)), num_stages=3 if rows <= 128 else 2, **shapes,
     )  # fmt: skip
+    if splits > 1:
+        _merge_splits[(count, kv_heads, rows)](
+            partial, out, out.stride(0), tiles, SPLITS=splits, num_warps=1 if splits <= 8 else 4, **shapes
+        )
 
 
 @triton.jit

@@ -12,8 +12,12 @@ from backend.base import NO_SLOT, StepBatch
 IntArray = npt.NDArray[np.int32]
 
 DECODE_TILE = 4
-PREFILL_TILE = 32
-"""Queries of an attention tile: few for decodes and short chunks, many for long chunks."""
+"""Queries of an attention tile of decodes and short chunks."""
+
+
+def prefill_tile(heads_per_kv_head: int) -> int:
+    """Queries of an attention tile of long chunks: 256 rows of queries times heads (a power of two) fill a processor."""
+    return min(64, 256 >> (heads_per_kv_head - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,8 @@ def _attention_tiles(requests: IntArray, starts: IntArray, context: IntArray, qu
     return np.stack([requests[which], starts[which] + offset, context[which] + offset, count], 1).astype(np.int32)
 
 
-def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
-    """Lay out `batch`, whose block tables are the rows of `tables` int32[n, blocks]."""
+def lay_out(batch: StepBatch, tables: IntArray, block_size: int, long_tile: int) -> StepInputs:
+    """Lay out `batch`, whose block tables are the rows of `tables` int32[n, blocks]; `long_tile`: see `prefill_tile`."""
     query = np.array(batch.query_lens, dtype=np.int32)
     context = np.array(batch.context_lens, dtype=np.int32)
     starts = (np.cumsum(query) - query).astype(np.int32)
@@ -105,7 +109,7 @@ def lay_out(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
     token_from = np.where(decodes, tables[requests, np.maximum(context - 1, 0) // block_size], -1)[request]
     tiles = [
         _attention_tiles(requests[mask], starts[mask], context[mask], query[mask], size)
-        for mask, size in ((decode, DECODE_TILE), (~decode, PREFILL_TILE))
+        for mask, size in ((decode, DECODE_TILE), (~decode, long_tile))
     ]
     return StepInputs(
         token_from.astype(np.int32),

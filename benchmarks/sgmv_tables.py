@@ -121,7 +121,7 @@ def over_tilings() -> Rows:
     """Each tiling that can take a batch: what `backend.sgmv.tilings.choose` was written from."""
     rows: Rows = []
     chosen = tilings.choose
-    names = {"few": tilings.FEW, "few_ringed": tilings.FEW_RINGED, "many": tilings.MANY, "long": tilings.LONG}
+    names = {"few": tilings.FEW, "many": tilings.MANY, "long": tilings.LONG}
     cells = [c for c in grid((16, 64)) if c.distribution in ("identical", "uniform", "distinct", "seg4")]
     for cell in cells:
         bench = Workbench(cell)

@@ -140,7 +140,7 @@ def test_the_adapter_matters_and_missing_modules_are_zero() -> None:
 
 def test_step_layout_covers_every_row() -> None:
     batch = StepBatch((1, 40, 3), (9, 5, 0), (0, -1, 1), (True, False, True), ((3,), (0, 1, 2), (5,)))
-    inputs = lay_out(batch, np.array([[3, 0, 0], [0, 1, 2], [5, 0, 0]], dtype=np.int32), 16)
+    inputs = lay_out(batch, np.array([[3, 0, 0], [0, 1, 2], [5, 0, 0]], dtype=np.int32), 16, 32)
     assert inputs.positions.tolist() == [9, *range(5, 45), 0, 1, 2]
     assert len(set(inputs.kv_slots.tolist())) == 44
     assert inputs.sample_rows.tolist() == [0, 43]

@@ -18,7 +18,8 @@ SETTLED_PIECES = 4
 RESIDENT_BLOCKS = {
     "shrink_short_1": 3,
     "shrink_short_2": 2,
-    "shrink_long": 3,
+    "shrink_long_4": 3,
+    "shrink_long_2": 3,
     "expand_short_1": 4,
     "expand_short_1_ringed": 3,
     "expand_short_2": 3,
@@ -46,7 +47,7 @@ ShrinkArgs = _struct(
 ExpandArgs = _struct(
     "ExpandArgs",
     "ptr h weights scaling header tiles rows y; long y_stride slot_stride b_unit[3];"
-    "int width[3] begin[3] groups[3] slices pieces h_rows h_rank",
+    "int width[3] begin[3] groups[3] slices pieces h_rows h_rank long_run",
 )
 LinearArgs = _struct("LinearArgs", "ptr x w y; long x_stride y_stride; int rows in_features out_features")
 
@@ -60,7 +61,25 @@ def _columns(out_features: tuple[int, ...], per_group: int) -> tuple[tuple[int, 
 
 
 def _grid(items: int, name: str, run: Kernels) -> int:
+    """Blocks for at most `items` items; counted from rows alone, so that `max_loras` costs nothing."""
     return min(items, run.processors * RESIDENT_BLOCKS[name])
+
+
+FILL = 1.5
+"""Blocks a multiprocessor should get of long segments, where taking smaller shares of the work allows it."""
+
+RINGED_COLUMNS = 8192
+"""Up to as many columns of few pieces, B of ranks above 16 goes by way of a ring in shared memory."""
+
+
+def _shrink_blocks(tiles: int, height: int, pieces: int, run: Kernels) -> int:
+    """Blocks of 16 rows of A that a block of `shrink_long_*` takes: fewer where there would be too few items."""
+    return 4 if tiles * pieces * -(-height // 64) >= FILL * run.processors else 2
+
+
+def _long_run(tiles: int, widths: tuple[int, ...], run: Kernels) -> int:
+    """Blocks of 128 columns that a block of `expand_long` walks: fewer where there would be too few items."""
+    return next((n for n in (8, 4) if tiles * sum(_columns(widths, n * 128)[2]) >= FILL * run.processors), 2)
 
 
 def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
@@ -68,8 +87,11 @@ def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segme
     run, name = kernels(x.dtype), segments.tiling.shrink
     long = segments.tiling.tile_rows == 64
     pieces = -(-linear.in_features // PIECE)
-    blocks = -(-linear.slices * bank.max_lora_rank // (64 if long else 16))
-    rows, tiles = len(segments.rows), segments.most_tiles(len(bank.ranks))
+    rows, height = len(segments.rows), linear.slices * bank.max_lora_rank
+    blocks = -(-height // 16)
+    if long:
+        each = _shrink_blocks(-(-rows // 64), height, pieces, run)
+        name, blocks = f"{name}_{each}", -(-blocks // each)
     args = ShrinkArgs(
         x.data_ptr(), bank.weights.data_ptr(), segments.header.data_ptr(), segments.tiles.data_ptr(),
         segments.rows.data_ptr(), segments.partials.data_ptr(), x.stride(0), bank.weights.stride(0),
@@ -77,7 +99,7 @@ def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segme
     )  # fmt: skip
     shared = 3 * 64 * (128 + 32) * 2 if long else 0
     run.launch(
-        name, _grid(tiles * pieces * blocks, name, run), 128 if long else 256, (args,), shared, early=segments.begin()
+        name, _grid(rows * pieces * blocks, name, run), 128 if long else 256, (args,), shared, early=segments.begin()
     )
 
 
@@ -95,11 +117,14 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
     if long and pieces > SETTLED_PIECES:
         _settle(run, segments, pieces, rows * linear.slices * rank)
         pieces = 1
-    widths, begins, groups = _columns(linear.out_features, 1024 if long else 512)
+    long_run = _long_run(-(-rows // 64), linear.out_features, run) if long else 4
+    widths, begins, groups = _columns(linear.out_features, 128 * long_run)
+    if name == "expand_short_1" and rank > 16 and pieces <= SETTLED_PIECES and sum(widths) <= RINGED_COLUMNS:
+        name = "expand_short_1_ringed"
     args = ExpandArgs(
         segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
         segments.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(), out.stride(0), bank.weights.stride(0),
-        (*linear.b_units, 0, 0)[:3], widths, begins, groups, linear.slices, pieces, rows, rank,
+        (*linear.b_units, 0, 0)[:3], widths, begins, groups, linear.slices, pieces, rows, rank, long_run,
     )  # fmt: skip
     row_bytes, eights = (128 + 8) * 2, 2 if segments.tiling.tile_rows > 8 else 1
     shared = (4 if long else 2) * rank // 16 * eights * 512
@@ -107,9 +132,7 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
         shared += 2 * rank * row_bytes
     elif name.endswith("ringed"):
         shared += 4 * 3 * 16 * row_bytes
-    run.launch(
-        name, _grid(segments.most_tiles(len(bank.ranks)) * sum(groups), name, run), 128, (args,), shared, early=True
-    )
+    run.launch(name, _grid(rows * sum(groups), name, run), 128, (args,), shared, early=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Rows of one adapter that a block takes together, and the CUDA kernels that take tiles of that size."""
+    """Rows of one adapter that a block takes together, and the families of CUDA kernels for tiles of that size."""
 
     tile_rows: int
     shrink: str
@@ -19,10 +19,9 @@ class Tiling:
 
 
 FEW = Tiling(8, "shrink_short_1", "expand_short_1")
-FEW_RINGED = Tiling(8, "shrink_short_1", "expand_short_1_ringed")
 MANY = Tiling(16, "shrink_short_2", "expand_short_2")
 LONG = Tiling(64, "shrink_long", "expand_long")
-ALL = (FEW, FEW_RINGED, MANY, LONG)
+ALL = (FEW, MANY, LONG)
 
 LONG_RANK = 128
 """Largest rank whose B fits the shared memory of `expand_long` twice."""
@@ -33,9 +32,7 @@ TRITON = Tiling(16, "", "")
 def choose(rows: int, max_lora_rank: int) -> Tiling:
     """The tiling for a batch of `rows` rows whose adapters have at most `max_lora_rank`."""
     small = max_lora_rank <= 16
-    if rows <= 64:
-        return FEW if small else FEW_RINGED
-    if rows <= 128 and small:
+    if rows <= 64 or (rows <= 128 and small):
         return FEW
     if rows <= 512 or (rows <= 2048 and small) or max_lora_rank > LONG_RANK:
         return MANY

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 def test_attention_and_rope_equal_the_reference(heads: int) -> None:
     from backend import ops_torch, ops_triton
     from backend.base import StepBatch
-    from backend.step_inputs import DECODE_TILE, PREFILL_TILE, lay_out
+    from backend.step_inputs import DECODE_TILE, lay_out, prefill_tile
 
     kv_heads, dim, size = heads // 4 if heads == 32 else 4, 128, 16
     query, context = (1, 1, 70, 3, 200), (500, 17, 0, 90, 33)
@@ -23,7 +23,7 @@ def test_attention_and_rope_equal_the_reference(heads: int) -> None:
     starts = np.cumsum([0, *blocks])
     for i, count in enumerate(blocks):
         tables[i, :count] = ids[starts[i] : starts[i] + count]
-    inputs = lay_out(StepBatch(query, context, (-1,) * 5, (True,) * 5), tables, size)
+    inputs = lay_out(StepBatch(query, context, (-1,) * 5, (True,) * 5), tables, size, prefill_tile(heads // kv_heads))
     qkv = torch.randn(inputs.rows, (heads + 2 * kv_heads) * dim, dtype=torch.bfloat16, device="cuda")
     cache = torch.randn(2, len(ids), kv_heads, size, dim, dtype=torch.bfloat16, device="cuda")
     cos_sin = torch.randn(1024, dim, device="cuda")
@@ -38,7 +38,7 @@ def test_attention_and_rope_equal_the_reference(heads: int) -> None:
         table = torch.from_numpy(tables).to(device)
         ops.rope_and_cache(mine, cos_sin.to(device), positions, kv_slots, k, v, heads)
         ops.attention(mine, k, v, out, decode, table, heads, DECODE_TILE)
-        ops.attention(mine, k, v, out, prefill, table, heads, PREFILL_TILE)
+        ops.attention(mine, k, v, out, prefill, table, heads, prefill_tile(heads // kv_heads))
         results.append((out.double().cpu(), k.double().cpu(), v.double().cpu()))
     for ours, reference in zip(*results, strict=True):
         assert (ours - reference).norm() / reference.norm() < 1e-2

@@ -97,9 +97,7 @@ static __device__ __forceinline__ void expand_short(const Expand& p) {
     }
 }
 
-#define LONG_RUN 8  // blocks of 128 columns that a block walks
-
-// Long segments: a block is one (tile of 64 rows, 1024 columns); its 4 warps take 16 rows each and share B.
+// Long segments: a block is one (tile of 64 rows, `long_run` times 128 columns); its 4 warps take 16 rows each and share B.
 static __device__ __forceinline__ void run_expand_long(const Expand& p) {
     extern __shared__ __align__(16) u16 memory[];  // B: [2][h_rank][B_ROW], then fragments
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
@@ -112,7 +110,8 @@ static __device__ __forceinline__ void run_expand_long(const Expand& p) {
     now.flat = now.number = 0;
     for (now.move(p, tiles, blockIdx.x, p.groups); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
         const int4 tile = now.tile;
-        const int width = p.width[now.slice], first = now.group * LONG_RUN * 128, end = min(width, first + LONG_RUN * 128);
+        const int width = p.width[now.slice], columns = p.long_run * 128;
+        const int first = now.group * columns, end = min(width, first + columns);
         const u16* b = now.b(p);
         auto fetch = [&](int column, int stage) {
             if (column < end)

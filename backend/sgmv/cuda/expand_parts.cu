@@ -9,7 +9,7 @@ struct Expand {
     long long y_stride, slot_stride;
     long long b_unit[3];
     int width[3], begin[3], groups[3];  // per slice: columns, first column of y, column groups
-    int slices, pieces, h_rows, h_rank;
+    int slices, pieces, h_rows, h_rank, long_run;
 };
 
 // What a block of an expand works on: a tile and a group of columns of one slice. Items count groups first.

@@ -107,41 +107,41 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
     }
 }
 
-#define LONG_ROWS 64
-#define LONG_BLOCKS 4
+#define LONG_ROWS 64  // room in a stage, whatever BLOCKS
 #define A_ROW (RUN + 32)  // so that eight lanes' 16-byte reads meet no bank twice
 #define A_STAGES 3
 
-// Long segments: a block is one (tile of 64 rows, piece, up to 64 rows of A); each of its 4 warps walks the piece's
+// Long segments: a block is one (tile of 64 rows, piece, 16 * BLOCKS rows of A); each of its 4 warps walks the piece's
 // runs for its own 16 rows. A is shared through shared memory, x goes straight to registers; both are fetched ahead,
 // across items.
+template <int BLOCKS>
 static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
     extern __shared__ __align__(16) u16 stages[];  // [A_STAGES][64][A_ROW]
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int pieces = (p.in_features + PIECE - 1) / PIECE;
-    const int spans = (p.slices * p.header[1] + 16 * LONG_BLOCKS - 1) / (16 * LONG_BLOCKS);
+    const int spans = (p.slices * p.header[1] + 16 * BLOCKS - 1) / (16 * BLOCKS);
     const int items = p.header[0] * pieces * spans;
     const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 lines a pass of 128 threads copies
     auto runs_of = [&](int piece) { return (min(PIECE, p.in_features - piece * PIECE) + RUN - 1) / RUN; };
     let_next_start();
     ShrinkItem a_item, x_item, now;
     int a_run = 0, x_run = 0, filled = 0, used = 0;
-    a_item.seek(p, blockIdx.x, items, pieces, spans, 16 * LONG_BLOCKS);
+    a_item.seek(p, blockIdx.x, items, pieces, spans, 16 * BLOCKS);
     now = x_item = a_item;
     auto fetch_a = [&]() {
         if (a_item.index < items) {
-            const int first = a_item.block * 16 * LONG_BLOCKS, left = p.slices * a_item.tile.w - first;
+            const int first = a_item.block * 16 * BLOCKS, left = p.slices * a_item.tile.w - first;
             const int k = a_item.piece * PIECE + a_run * RUN + chunk * 8;
             const u16* from = p.weights + a_item.tile.x * p.slot_stride + a_item.tile.w * p.a_unit +
                               (long long)(first + line) * p.in_features + k;
             u16* to = stages + (filled * LONG_ROWS + line) * A_ROW + chunk * 8;
             const bool inside = k < p.in_features;
-            for (int r = 0; r < min(left + 15, 16 * LONG_BLOCKS) / 16 * 16; r += 8)
+            for (int r = 0; r < min(left + 15, 16 * BLOCKS) / 16 * 16; r += 8)
                 copy_async(to + r * A_ROW, from + (long long)r * p.in_features, inside && line + r < left);
             filled = filled + 1 == A_STAGES ? 0 : filled + 1;
             if (++a_run == runs_of(a_item.piece)) {
                 a_run = 0;
-                a_item.seek(p, a_item.index + gridDim.x, items, pieces, spans, 16 * LONG_BLOCKS);
+                a_item.seek(p, a_item.index + gridDim.x, items, pieces, spans, 16 * BLOCKS);
             }
         }
         commit_copies();
@@ -167,7 +167,7 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
                                                                  : make_uint4(0, 0, 0, 0);
         if (++x_run == runs_of(x_item.piece)) {
             x_run = 0;
-            x_item.seek(p, x_item.index + gridDim.x, items, pieces, spans, 16 * LONG_BLOCKS);
+            x_item.seek(p, x_item.index + gridDim.x, items, pieces, spans, 16 * BLOCKS);
             if (x_item.index < items) point();
         }
     };
@@ -176,12 +176,12 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
     if (x_item.index < items) point();
     wait_for_previous();
     if (x_item.index < items) fetch_x();
-    for (; now.index < items; now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * LONG_BLOCKS)) {
+    for (; now.index < items; now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * BLOCKS)) {
         const int4 tile = now.tile;
-        const int height = p.slices * tile.w, r0 = now.block * 16 * LONG_BLOCKS, runs = runs_of(now.piece);
-        float sum[LONG_BLOCKS][2][4];
+        const int height = p.slices * tile.w, r0 = now.block * 16 * BLOCKS, runs = runs_of(now.piece);
+        float sum[BLOCKS][2][4];
 #pragma unroll
-        for (int i = 0; i < LONG_BLOCKS * 8; i++) sum[i >> 3][i >> 2 & 1][i & 3] = 0.f;
+        for (int i = 0; i < BLOCKS * 8; i++) sum[i >> 3][i >> 2 & 1][i & 3] = 0.f;
         for (int run = 0; run < runs; run++) {
             uint4 b[2][4];
 #pragma unroll
@@ -193,7 +193,7 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
             const u16* at = stages + (used * LONG_ROWS + g) * A_ROW + q * 8;
             used = used + 1 == A_STAGES ? 0 : used + 1;
 #pragma unroll
-            for (int c = 0; c < LONG_BLOCKS; c++) {
+            for (int c = 0; c < BLOCKS; c++) {
                 if (r0 + c * 16 >= height) continue;
                 uint4 a0[4], a1[4];
 #pragma unroll
@@ -208,7 +208,7 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
             }
         }
 #pragma unroll
-        for (int c = 0; c < LONG_BLOCKS; c++)
+        for (int c = 0; c < BLOCKS; c++)
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const int token = warp * 16 + (i >> 2) * 8 + 2 * q + (i & 1), r = r0 + c * 16 + g + (i >> 1 & 1) * 8;
@@ -219,7 +219,8 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
 
 KERNEL(shrink_short_1, 256, 3, Shrink, shrink_short<1>)
 KERNEL(shrink_short_2, 256, 2, Shrink, shrink_short<2>)
-KERNEL(shrink_long, 128, 3, Shrink, run_shrink_long)
+KERNEL(shrink_long_4, 128, 3, Shrink, run_shrink_long<4>)
+KERNEL(shrink_long_2, 128, 3, Shrink, run_shrink_long<2>)
 
 // Add the partials of long segments once, so that no column group of an expand has to: cells [pieces][cells] -> [0].
 extern "C" __global__ __launch_bounds__(256) void settle(float* h, int pieces, int cells) {

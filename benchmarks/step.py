@@ -1,0 +1,248 @@
+"""Whole serving steps on this GPU: `python -m benchmarks.step --out FILE.csv [--vllm DIR]`.
+
+Writes FILE.csv (decode steps: requests B, distinct adapters D; `host_ms` is the part that the GPU does not see, `floor_ms`
+reading weights, adapters and KV once at the copy bandwidth measured in this run), FILE_prefill.csv (steps of prompts, with
+the share of the measured dense rate), FILE_loads.csv (adapters, host to slot), FILE_churn.csv (random steps and loads:
+memory and rows accounted for) and FILE.json (GPU, versions, date, bandwidth, dense rate). `--vllm DIR` prints the comparison
+with `decode_grid.csv` and `prefill.csv` of that folder; with `--only compare` nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from backend.errors import BackendError
+from benchmarks.step_tables import compare_decode, compare_prefill
+
+PARTS = ("decode", "prefill", "loads", "churn", "compare")
+RANK = 16
+SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
+ADAPTERS = (0, 1, 2, 4, 8, 16, 32)
+PROMPTS = ((128, 1), (256, 1), (512, 1), (512, 4), (1024, 1), (2048, 1), (2048, 4), (4096, 1), (8192, 1), (8192, 4))
+
+
+class Bench:
+    """A live engine as the vLLM runs had it (32 slots of rank 16), all slots loaded; facts measured beside it."""
+
+    def __init__(self, geometry: str) -> None:
+        import torch
+
+        from backend.base import AdapterShape, EngineLimits
+        from backend.geometry import load_geometry
+        from backend.live import LiveBackend
+        from backend.measure import ALL_MODULES, device_bytes
+        from backend.memory import memory_plan
+
+        if not torch.cuda.is_available():
+            raise BackendError("benchmarks.step: torch sees no CUDA device here")
+        self.bandwidth, self.dense = _copy_bytes_per_s(), _dense_flops_per_s()
+        self.geometry = load_geometry(geometry)
+        self.limits = EngineLimits(32, RANK, 256, 8192, 16384, 16, 0.9)
+        blocks = memory_plan(self.geometry, self.limits, device_bytes("cuda")).num_gpu_blocks
+        self.backend = LiveBackend(self.geometry, self.limits, blocks, device="cuda")
+        self.adapters = [AdapterShape(slot + 1, RANK, ALL_MODULES) for slot in range(self.limits.max_loras)]
+        for slot, adapter in enumerate(self.adapters):
+            self.backend.stage(adapter)
+            self.backend.load(adapter, slot)
+
+    def batch(self, query: list[int], context: list[int], adapters: int) -> Any:
+        """Requests over `adapters` slots in turn (0: none), each with KV blocks of its own; None if they do not fit."""
+        from backend.compositions import Room, compose
+
+        slots = [i % adapters if adapters else -1 for i in range(len(query))]
+        room = Room(self.limits, self.backend.num_gpu_blocks, {RANK: tuple(range(self.limits.max_loras))})
+        return compose(query, context, slots, room)
+
+    def times(self, batches: list[Any], skipped: int) -> pd.DataFrame:
+        """Milliseconds of each step but the first `skipped`: elapsed, device, host."""
+        taken = [self.backend.execute(batch) for batch in batches][skipped:]
+        rows = [(t.elapsed_s * 1e3, t.device_s * 1e3, t.host_s * 1e3) for t in taken]
+        return pd.DataFrame(rows, columns=["elapsed", "device", "host"])
+
+
+def _copy_bytes_per_s() -> float:
+    """Bytes read plus written a second by device copies of 2 GiB."""
+    import torch
+
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source))
+
+
+def _dense_flops_per_s() -> float:
+    import torch
+
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty_like(a)
+    return float(2 * 8192**3) / _seconds(lambda: torch.mm(a, a, out=out))
+
+
+def _seconds(run: Any, repeats: int = 20) -> float:
+    import torch
+
+    run()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def decode(bench: Bench) -> pd.DataFrame:
+    """33 consecutive decode steps from a context of 490 tokens (as the vLLM grid), the first two dropped; and longer."""
+    rows, g = [], bench.geometry
+    table = 0 if g.tie_word_embeddings else g.vocab_size * g.hidden_size * g.dtype_bytes  # of which a step reads B rows
+    weights = g.weights_bytes - table
+    contexts = [(490, ADAPTERS), (2048, (0, 8)), (8192, (0, 8))]
+    for context, choices in contexts:
+        for size in SIZES:
+            for adapters in choices:
+                steps = [bench.batch([1] * size, [context + i] * size, adapters) for i in range(33)]
+                if adapters > size or steps[-1] is None:
+                    continue
+                t = bench.times(steps, 2)
+                moved = weights + adapters * g.lora_bytes(RANK)
+                moved += size * (context + 16) * g.kv_bytes_per_token
+                rows.append(
+                    {
+                        "B": size,
+                        "D": adapters,
+                        "rank": RANK,
+                        "context": context,
+                        "median_ms": t.elapsed.median(),
+                        "p10_ms": t.elapsed.quantile(0.1),
+                        "p90_ms": t.elapsed.quantile(0.9),
+                        "device_ms": t.device.median(),
+                        "host_ms": t.host.median(),
+                        "floor_ms": moved / bench.bandwidth * 1e3,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def prefill(bench: Bench) -> pd.DataFrame:
+    """Steps of whole prompts; `dense_share`: their arithmetic at the measured dense rate over the time they took."""
+    g, rows = bench.geometry, []
+    linear = 2 * g.num_layers * sum(a * b for a, b in g.linears().values())
+    for tokens, prompts in PROMPTS:
+        for adapters in (0, 1, 4):
+            if adapters > prompts:
+                continue
+            step = bench.batch([tokens // prompts] * prompts, [0] * prompts, adapters)
+            t = bench.times([step] * 8, 2)
+            each = tokens // prompts
+            pairs = prompts * each * (each + 1) // 2
+            flops = linear * tokens + 4 * g.num_layers * g.num_heads * g.head_dim * pairs
+            flops += 2 * g.vocab_size * g.hidden_size * prompts
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "prompts": prompts,
+                    "D": adapters,
+                    "median_ms": t.elapsed.median(),
+                    "p10_ms": t.elapsed.quantile(0.1),
+                    "p90_ms": t.elapsed.quantile(0.9),
+                    "device_ms": t.device.median(),
+                    "host_ms": t.host.median(),
+                    "dense_share": flops / bench.dense / (t.device.median() * 1e-3),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def loads(bench: Bench) -> pd.DataFrame:
+    """Adapters copied from pinned host memory into a slot, one after the other, each waited for."""
+    rows = []
+    for i, adapter in enumerate(bench.adapters[:20]):
+        t = bench.backend.load(adapter, i)
+        rows.append({"nbytes": t.nbytes, "elapsed_ms": t.elapsed_s * 1e3, "gb_per_s": t.nbytes / t.elapsed_s / 1e9})
+    return pd.DataFrame(rows)
+
+
+def churn(bench: Bench, steps: int) -> pd.DataFrame:
+    """Random steps, an adapter exchanged every third: a row a thousand with memory in use and rows computed."""
+    import torch
+
+    from backend.compositions import Room, random_steps
+
+    rng = np.random.default_rng(20261124)
+    room = Room(bench.limits, bench.backend.num_gpu_blocks, {RANK: tuple(range(bench.limits.max_loras))})
+    pool = list(random_steps(room, 250, rng))
+    for batch in pool:
+        bench.backend.execute(batch)
+    rows, computed, before = [], 0, bench.backend.steps_executed
+    for i in range(steps):
+        batch = pool[int(rng.integers(len(pool)))]
+        if i % 3 == 0:
+            bench.backend.load(bench.adapters[int(rng.integers(32))], int(rng.integers(32)))
+        bench.backend.execute(batch)
+        computed += batch.tokens
+        if i == 0 or (i + 1) % 1000 == 0:
+            torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info(0)
+            finite = bool(bench.backend.decoder.logits.isfinite().all())
+            executed = bench.backend.steps_executed - before
+            rows.append((i + 1, executed, computed, torch.cuda.memory_allocated(), total - free, finite))
+    columns = ["step", "steps_executed", "rows_computed", "allocated_bytes", "device_used_bytes", "logits_finite"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def measure(args: argparse.Namespace, parts: list[str]) -> None:
+    from backend.measure import describe_device
+
+    bench = Bench(args.geometry)
+    tables: dict[str, Callable[[Bench], pd.DataFrame]] = {
+        "decode": decode,
+        "prefill": prefill,
+        "loads": loads,
+        "churn": lambda b: churn(b, args.churn_steps),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        path = args.out if part == "decode" else args.out.with_name(f"{args.out.stem}_{part}.csv")
+        tables[part](bench).to_csv(path, index=False, float_format="%.6g")
+        print(f"{part}: {path}", flush=True)
+    facts = {
+        **describe_device("cuda"),
+        "geometry": args.geometry,
+        "copy_gb_per_s": round(bench.bandwidth / 1e9, 1),
+        "dense_tflop_per_s": round(bench.dense / 1e12, 1),
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    flags.add_argument("--out", type=Path, default=Path("step.csv"), help="the CSV file to write; others lie beside it")
+    flags.add_argument("--geometry", default="llama-3.1-8b", help="a shipped geometry or a config.json")
+    flags.add_argument("--vllm", type=Path, help="folder with vLLM's decode_grid.csv and prefill.csv")
+    flags.add_argument("--churn-steps", type=int, default=10_000, help="steps of the churn run")
+    flags.add_argument("--only", choices=PARTS, action="append", help="measure this part (repeatable); default: all")
+    args = flags.parse_args(argv)
+    parts = [p for p in (args.only or PARTS) if p != "compare"]
+    try:
+        if parts:
+            measure(args, parts)
+        if args.vllm and args.out.is_file():
+            compare_decode(pd.read_csv(args.out), args.vllm)
+        prompts = args.out.with_name(f"{args.out.stem}_prefill.csv")
+        if args.vllm and prompts.is_file():
+            compare_prefill(pd.read_csv(prompts), args.vllm)
+    except (BackendError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

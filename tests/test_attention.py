@@ -1,0 +1,53 @@
+"""Paged attention in Triton, interpreted on the CPU, equals the torch reference: split keys, chunks, padding tiles."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from backend import ops_torch
+from backend.base import StepBatch
+from backend.step_inputs import DECODE_TILE, lay_out, prefill_tile
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (make test sets it)"
+)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
+@pytest.mark.parametrize("splits", [1, 8])
+def test_attention_equals_the_reference(
+    heads: int, kv_heads: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = pytest.importorskip("backend.ops_triton", reason="triton is not installed")
+    monkeypatch.setattr(ops, "MOST_SPLITS", splits)
+    dim, size, query, context = 16, 4, (1, 1, 3, 9), (300, 0, 90, 20)
+    blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
+    ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
+    tables, starts = np.zeros((4, max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
+    for i, count in enumerate(blocks):
+        tables[i, :count] = ids[starts[i] : starts[i] + count]
+    long_tile = prefill_tile(heads // kv_heads)
+    inputs = lay_out(StepBatch(query, context, (-1,) * 4, (True,) * 4), tables, size, long_tile)
+    torch.manual_seed(0)
+    qkv = torch.randn(inputs.rows, (heads + 2 * kv_heads) * dim)
+    k, v = torch.randn(2, len(ids), kv_heads, size, dim)
+    nothing = np.full((1, 4), -1, dtype=np.int32)
+    decode, prefill = (
+        torch.from_numpy(np.concatenate([t, nothing])) for t in (inputs.decode_tiles, inputs.prefill_tiles)
+    )
+    outs = []
+    for module in (ops, ops_torch):
+        out = torch.full((inputs.rows, heads * dim), float("nan"))
+        module.attention(qkv, k, v, out, decode, torch.from_numpy(tables), heads, DECODE_TILE)
+        module.attention(qkv, k, v, out, prefill, torch.from_numpy(tables), heads, long_tile)
+        outs.append(out)
+    assert torch.isfinite(outs[1]).all()
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_of_long_chunks_fill_a_processor() -> None:
+    assert [prefill_tile(group) for group in (1, 4, 7, 8)] == [64, 64, 32, 32]
