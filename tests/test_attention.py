@@ -12,11 +12,12 @@ from backend import ops_torch
 from backend.base import StepBatch
 from backend.step_inputs import DECODE_TILE, lay_out, prefill_tile
 
-pytestmark = pytest.mark.skipif(
+interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (make test sets it)"
 )
 
 
+@interpreted
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
 @pytest.mark.parametrize("splits", [1, 8])
 def test_attention_equals_the_reference(

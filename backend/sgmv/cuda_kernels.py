@@ -61,7 +61,7 @@ def _columns(out_features: tuple[int, ...], per_group: int) -> tuple[tuple[int, 
 
 
 def _grid(items: int, name: str, run: Kernels) -> int:
-    """Blocks for at most `items` items; counted from rows alone, so that `max_loras` costs nothing."""
+    """Blocks for at most `items` items; counted from rows alone, never from `max_loras`."""
     return min(items, run.processors * RESIDENT_BLOCKS[name])
 
 
@@ -117,6 +117,7 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
     if long and pieces > SETTLED_PIECES:
         _settle(run, segments, pieces, rows * linear.slices * rank)
         pieces = 1
+    # The short kernels take 512 columns a group.
     long_run = _long_run(-(-rows // 64), linear.out_features, run) if long else 4
     widths, begins, groups = _columns(linear.out_features, 128 * long_run)
     if name == "expand_short_1" and rank > 16 and pieces <= SETTLED_PIECES and sum(widths) <= RINGED_COLUMNS:
