@@ -1,8 +1,8 @@
 """SGMV on this GPU over the peers' grid: `python -m benchmarks.sgmv --out FILE.csv [--peers DIR]`.
 
 Writes FILE.csv (microseconds of one fused linear's LoRA part, alone), FILE_layer.csv (with the base products in one
-graph), FILE_max_loras.csv, FILE_ranks.csv, FILE.json (GPU, versions, date) and FILE.png (time over floor). `--peers DIR`
-prints the comparison with `kernels.csv` and `layer_with_base.csv` of that folder; with `--only compare` nothing is
+graph), FILE_max_loras.csv, FILE_ranks.csv, FILE_errors.csv (error beside that of the exact result rounded once), FILE.json (GPU,
+versions, date) and FILE.png (time over floor). `--peers DIR` prints the comparison with `kernels.csv` and `layer_with_base.csv` of that folder; with `--only compare` nothing is
 measured. `--only tune` writes FILE_tilings.csv. `--cell LAYER,T,DISTRIBUTION,ADAPTERS,RANK` (repeatable) only runs that cell
 once and prints its error: something for a profiler or compute-sanitizer to look at.
 """
@@ -23,7 +23,7 @@ from benchmarks import sgmv_plot
 
 COLUMNS = "impl,layer,T,distribution,n_adapters,rank,median_us,min_us,floor_us,base_gemm_us,rel_err".split(",")
 KEYS = ["layer", "T", "distribution", "n_adapters", "rank"]
-PARTS = ("grid", "layer", "max_loras", "ranks", "tune", "compare")
+PARTS = ("grid", "layer", "max_loras", "ranks", "errors", "tune", "compare")
 
 
 def measure_grid() -> pd.DataFrame:
@@ -35,11 +35,21 @@ def measure_grid() -> pd.DataFrame:
         if (cell.layer, cell.rows) not in base:
             base[cell.layer, cell.rows] = base_gemm_us(cell.layer, cell.rows)
         bench = Workbench(cell)
-        error = bench.error()
+        error, _ = bench.errors()
         median, least = time_graph(bench.run_all, len(bench.calls))
         values = (median, least, cell.floor_us(), base[cell.layer, cell.rows], error)
         rows.append(("ours", cell.layer, cell.rows, cell.distribution, cell.adapters, cell.rank, *values))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def measure_errors() -> pd.DataFrame:
+    from benchmarks.sgmv_cells import Workbench, grid
+
+    rows = []
+    for cell in grid():
+        keys = ("ours", cell.layer, cell.rows, cell.distribution, cell.adapters, cell.rank)
+        rows.append((*keys, *Workbench(cell, sets=1).errors()))
+    return pd.DataFrame(rows, columns=["impl", *KEYS, "rel_err", "rounding_err"])
 
 
 def describe() -> dict[str, Any]:
@@ -103,6 +113,12 @@ def show_ranks(ours: pd.DataFrame) -> None:
     )
 
 
+def show_errors(ours: pd.DataFrame) -> None:
+    """Print how far the error is above the least that the type of y permits."""
+    ratio = ours["rel_err"] / ours["rounding_err"]
+    print(f"relative error / that of the exact result rounded once: at most {ratio.max():.6f} in {len(ours)} cells")
+
+
 def measure(parts: list[str], out: Path) -> None:
     import torch
 
@@ -116,11 +132,12 @@ def measure(parts: list[str], out: Path) -> None:
         "layer": (out.with_name(f"{out.stem}_layer.csv"), lambda: pd.DataFrame(sgmv_tables.layer_with_base())),
         "max_loras": (out.with_name(f"{out.stem}_max_loras.csv"), lambda: pd.DataFrame(sgmv_tables.over_max_loras())),
         "ranks": (out.with_name(f"{out.stem}_ranks.csv"), lambda: pd.DataFrame(sgmv_tables.over_ranks())),
+        "errors": (out.with_name(f"{out.stem}_errors.csv"), measure_errors),
         "tune": (out.with_name(f"{out.stem}_tilings.csv"), lambda: pd.DataFrame(sgmv_tables.over_tilings())),
     }
     for part in parts:
         path, run = tables[part]
-        run().to_csv(path, index=False, float_format="%.6g")
+        run().to_csv(path, index=False, float_format="%.8g")
         print(f"{part}: {path}")
     out.with_suffix(".json").write_text(json.dumps(describe(), indent=1) + "\n")
 
@@ -149,7 +166,7 @@ def run_once(text: str) -> None:
     if takes_linear(bench.x, None):
         linear_with_lora(bench.x, weight, out, None, bench.bank, linear, segments, kernels=True)
     torch.cuda.synchronize()
-    print(f"{text}: relative error {bench.error():.2e}, finite {bool(out.isfinite().all())}")
+    print(f"{text}: relative error {bench.errors()[0]:.2e}, finite {bool(out.isfinite().all())}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,6 +196,9 @@ def main(argv: list[str] | None = None) -> int:
         ranks = args.out.with_name(f"{args.out.stem}_ranks.csv")
         if ranks.is_file():
             show_ranks(pd.read_csv(ranks))
+        errors = args.out.with_name(f"{args.out.stem}_errors.csv")
+        if errors.is_file():
+            show_errors(pd.read_csv(errors))
         if args.out.is_file():
             sgmv_plot.draw(pd.read_csv(args.out), args.peers, args.out.with_suffix(".png"))
     except (BackendError, FileNotFoundError) as error:

@@ -138,18 +138,28 @@ class Workbench:
         for linear, segments in self.calls:
             sgmv(self.x, self.y, self.bank, linear, segments)
 
-    def error(self) -> float:
-        """Relative error of the delta against float64: |out - ref| / |ref - y|."""
+    def exact(self) -> torch.Tensor:
+        """Output of the first call in float64: y plus the delta."""
         linear, slots = self.linears[0], self.row_slots[0]
-        truth, out = self.y.double(), self.y.clone()
+        truth = self.y.double()
         for slot in sorted(set(slots.tolist())):
             mine, begin = slots == slot, 0
             for i, columns in enumerate(linear.out_features):
                 a, b = self.bank.a(slot, linear, i).double(), self.bank.b(slot, linear, i).double()
                 truth[mine, begin : begin + columns] += self.x[mine].double() @ a.T @ b
                 begin += columns
-        sgmv(self.x, out, self.bank, linear, self.segments[0])
-        return float((out.double() - truth).norm() / (truth - self.y.double()).norm())
+        return truth
+
+    def errors(self) -> tuple[float, float]:
+        """Relative error of the delta against float64, |out - exact| / |exact - y|: ours, and of the exact result rounded.
+
+        No result of y's type has a smaller one than the second.
+        """
+        truth, out = self.exact(), self.y.clone()
+        sgmv(self.x, out, self.bank, self.linears[0], self.segments[0])
+        delta = (truth - self.y.double()).norm()
+        rounded = truth.to(self.y.dtype).double()
+        return float((out.double() - truth).norm() / delta), float((rounded - truth).norm() / delta)
 
 
 def time_graph(run: Callable[[], None], calls: int, replays: int = 9) -> tuple[float, float]:
