@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backend.linears import linear_with_lora
+from backend.linears import base_product, linear_with_lora
 from backend.sgmv import Segments, SlotBank, SlotLayout
 from backend.step_inputs import DECODE_TILE, StepInputs, prefill_tile
 
@@ -188,5 +188,5 @@ class Decoder:
         samples = len(inputs.sample_rows)
         if samples:
             logits = self.logits[:samples]
-            torch.mm(normed[inputs.sample_rows], self.lm_head.T, out=logits)
+            base_product(normed[inputs.sample_rows], self.lm_head, logits, None, kernels=self.segments.engine == "cuda")
             self.last_token[inputs.sample_to] = logits.argmax(-1)

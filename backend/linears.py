@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from backend.sgmv import FusedLinear, Segments, SlotBank, sgmv
+from backend.sgmv import FusedLinear, Segments, SlotBank, cuda_kernels, sgmv
 
 
-def base_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """`out = x @ weight.T (+ bias)`; `x` [T, in], `weight` [out, in], `out` [T, out]."""
-    if bias is not None:
+def base_product(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, *, kernels: bool
+) -> None:
+    """`out = x @ weight.T (+ bias)`; `x` [T, in], `weight` [out, in], `out` [T, out].
+
+    `kernels`: the CUDA kernels may be used; they are where there are few rows.
+    """
+    if _few(x, bias, kernels=kernels):
+        cuda_kernels.linear(x, weight, out)
+    elif bias is not None:
         torch.addmm(bias, x, weight.T, out=out)
     else:
         torch.mm(x, weight.T, out=out)
+
+
+def _few(x: torch.Tensor, bias: torch.Tensor | None, *, kernels: bool) -> bool:
+    return kernels and cuda_kernels.takes_linear(x, bias)
 
 
 def linear_with_lora(
@@ -31,18 +42,11 @@ def linear_with_lora(
     `kernels`: the CUDA kernels may be used. With few rows the shrink comes first, so that the base weights are
     already on their way while it runs; the expand's weights are on their way while the base product runs.
     """
-    few = False
-    if kernels:
-        from backend.sgmv import cuda_kernels
-
-        few = cuda_kernels.takes_linear(x, bias)
-    if not few:
-        base_product(x, weight, out, bias)
-        if segments is not None:
-            sgmv(x, out, bank, linear, segments)
-        return
-    if segments is not None:
+    first = segments is not None and _few(x, bias, kernels=kernels)
+    if segments is not None and first:
         cuda_kernels.shrink(x, bank, linear, segments)
-    cuda_kernels.linear(x, weight, out)
-    if segments is not None:
+    base_product(x, weight, out, bias, kernels=kernels)
+    if segments is not None and first:
         cuda_kernels.expand(out, bank, linear, segments)
+    elif segments is not None:
+        sgmv(x, out, bank, linear, segments)

@@ -1,14 +1,39 @@
-"""The decoder's small operations as Triton kernels: norm, rotary and KV write, paged attention, SwiGLU."""
+"""The decoder's small operations as Triton kernels: norm, rotary and KV write, paged attention, SwiGLU.
+
+On GPUs with programmatic dependent launch (sm_90 and later) each may be started while its predecessor runs, and lets its
+successor start at once: a base product that follows has its weights on their way by then. As in `sgmv/cuda/common.cu`,
+nothing is read or written before the predecessor has completed.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@cache
+def _overlap() -> dict[str, bool]:
+    """Launch options of every kernel here."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
 
 
 @triton.jit
-def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, width, eps, has_x: tl.constexpr, BLOCK: tl.constexpr):
+def _enter(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _add_rms_norm(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, width, eps, has_x: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    _enter(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -29,15 +54,16 @@ def add_rms_norm(
     source = residual if x is None else x
     block = triton.next_power_of_2(width)
     _add_rms_norm[(residual.shape[0],)](
-        source, residual, weight, out, width, eps, has_x=x is not None, BLOCK=block, num_warps=8
+        source, residual, weight, out, width, eps, has_x=x is not None, BLOCK=block, num_warps=8, **_overlap()
     )
 
 
 @triton.jit
 def _rope_and_cache(
     qkv_ptr, qkv_stride, cos_sin_ptr, positions_ptr, kv_slots_ptr, k_ptr, v_ptr,
-    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _enter(PDL)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     half: tl.constexpr = dim // 2
@@ -86,7 +112,7 @@ def rope_and_cache(
     _, kv_heads, block_size, dim = k_cache.shape
     _rope_and_cache[(qkv.shape[0], heads + 2 * kv_heads)](
         qkv, qkv.stride(0), cos_sin, positions, kv_slots, k_cache, v_cache,
-        heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size, num_warps=1,
+        heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size, num_warps=1, **_overlap(),
     )  # fmt: skip
 
 
@@ -94,8 +120,9 @@ def rope_and_cache(
 def _attention(
     q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, partial_ptr, tiles_ptr, tables_ptr, table_stride, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _enter(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     request = tl.load(tiles_ptr + tile * 4)
@@ -155,8 +182,9 @@ def _attention(
 def _merge_splits(
     partial_ptr, out_ptr, out_stride, tiles_ptr,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _enter(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     m = tl.program_id(2)
@@ -224,16 +252,18 @@ def attention(
     shapes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "GROUP": group, "BLOCK_Q": block_q, "BLOCK_N": 64}
     _attention[(count, kv_heads, splits)](
         qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), partial, tiles, tables, tables.stride(0), scale,
-        block_size=block_size, SPLITS=splits, num_warps=max(4, min(16, rows // 16)), num_stages=3 if rows <= 128 else 2, **shapes,
+        block_size=block_size, SPLITS=splits, num_warps=max(4, min(16, rows // 16)), num_stages=3 if rows <= 128 else 2,
+        **shapes, **_overlap(),
     )  # fmt: skip
     if splits > 1:
         _merge_splits[(count, kv_heads, rows)](
-            partial, out, out.stride(0), tiles, SPLITS=splits, num_warps=1 if splits <= 8 else 4, **shapes
+            partial, out, out.stride(0), tiles, SPLITS=splits, num_warps=1 if splits <= 8 else 4, **shapes, **_overlap()
         )
 
 
 @triton.jit
-def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    _enter(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -245,4 +275,4 @@ def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
 def silu_mul(x: torch.Tensor, out: torch.Tensor) -> None:
     """SwiGLU: `out[T, w] = silu(x[:, :w]) * x[:, w:]`."""
     width = out.shape[1]
-    _silu_mul[(out.shape[0], triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4)
+    _silu_mul[(out.shape[0], triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4, **_overlap())
