@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,11 @@ def compose(query: Sequence[int], context: Sequence[int], slots: Sequence[int], 
         tables.append(tuple(range(start, start + blocks)))
         start += blocks
     return StepBatch(tuple(query), tuple(context), tuple(slots), (True,) * len(query), tuple(tables))
+
+
+def again(batch: StepBatch) -> StepBatch:
+    """The same step with block tables of its own, as an engine hands them over every step."""
+    return replace(batch, block_tables=tuple((*blocks,) for blocks in batch.block_tables))
 
 
 def _spread(count: int, slots: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 
 from backend.linears import base_product, linear_with_lora
 from backend.sgmv import Segments, SlotBank, SlotLayout
-from backend.step_inputs import DECODE_TILE, StepInputs, prefill_tile
+from backend.step_inputs import DECODE_TILE, StepInputs, power_of_two, prefill_tile
 
 if TYPE_CHECKING:
     from backend.base import EngineLimits
@@ -126,7 +126,10 @@ class Decoder:
         self.qkv = rows_of((g.num_heads + 2 * g.num_kv_heads) * g.head_dim)
         self.heads_out = rows_of(g.num_heads * g.head_dim)
         self.gate_up, self.activated = rows_of(2 * g.intermediate_size), rows_of(g.intermediate_size)
-        self.logits = torch.zeros((limits.max_num_seqs, g.vocab_size), dtype=self.dtype, device=self.device)
+        # A step may be padded beyond `max_num_seqs` samples, to at most the next power of two.
+        self.logits = torch.zeros(
+            (power_of_two(limits.max_num_seqs), g.vocab_size), dtype=self.dtype, device=self.device
+        )
         inverse = g.rope_theta ** -(torch.arange(0, g.head_dim, 2, dtype=torch.float64) / g.head_dim)
         angles = torch.outer(torch.arange(limits.max_model_len, dtype=torch.float64), inverse)
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], -1).float().to(self.device)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from backend.base import AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
+from backend.base import NO_SLOT, AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
 from backend.decoder import Decoder, DeviceInputs
 from backend.errors import BackendError
 from backend.host_store import HostStore
-from backend.step_inputs import Padding, StepInputs, lay_out
+from backend.step_inputs import DECODE_TILE, Padding, StepInputs, lay_out
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
@@ -31,10 +31,6 @@ MAX_GRAPHS = 512
 def padded_size(rows: int) -> int | None:
     """The graph size a step is padded to, or None above the largest."""
     return next((size for size in GRAPH_SIZES if size >= rows), None)
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length() if count else 0
 
 
 @contextmanager
@@ -70,6 +66,7 @@ class LiveBackend:
         width = -(-limits.max_model_len // limits.block_size)
         self._host_tables = torch.zeros((limits.max_num_seqs, width), dtype=torch.int32, pin_memory=self.on_cuda)
         self._tables = torch.zeros_like(self._host_tables, device=self.device)
+        self._held_tables: list[tuple[int, ...]] = [()] * limits.max_num_seqs
         size = 16 * limits.max_num_batched_tokens + 4096
         self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
         self._packed = torch.zeros_like(self._host_packed, device=self.device)
@@ -100,15 +97,15 @@ class LiveBackend:
         """Run one step; the first use of a graph shape captures it before the clock starts."""
         if len(batch.block_tables) != len(batch.query_lens):
             raise BackendError("a live step needs a block table for every request")
+        padding = self._padding(batch)
         if self.on_cuda:
-            self._prepare(batch)
+            self._prepare(batch, padding)
         with _no_collection():
-            return self._execute(batch)
+            return self._execute(batch, padding)
 
-    def _execute(self, batch: StepBatch) -> StepTiming:
+    def _execute(self, batch: StepBatch, padding: Padding | None) -> StepTiming:
         started = time.perf_counter()
         inputs = self._lay_out(batch)
-        padding = self._padding(batch, inputs)
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)
         device_inputs = self._pack(inputs)
@@ -117,21 +114,21 @@ class LiveBackend:
         return StepTiming(device_s, max(0.0, time.perf_counter() - started - device_s))
 
     def _lay_out(self, batch: StepBatch) -> StepInputs:
-        tables = self._host_tables.numpy()
+        tables, held = self._host_tables.numpy(), self._held_tables
         for row, blocks in enumerate(batch.block_tables):
-            tables[row, : len(blocks)] = blocks
+            # A request that went on has the blocks it had, and now and then one more.
+            start = len(held[row]) if blocks[: len(held[row])] == held[row] else 0
+            if start < len(blocks):
+                tables[row, start : len(blocks)] = blocks[start:]
+            held[row] = blocks
         return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size, self.decoder.long_tile)
 
-    def _padding(self, batch: StepBatch, inputs: StepInputs) -> Padding | None:
+    def _padding(self, batch: StepBatch) -> Padding | None:
         """What a step is padded to; None where no graph serves it (CPU, or too many rows)."""
-        size = padded_size(inputs.rows) if self.on_cuda else None
-        if size is None:
+        size = padded_size(sum(batch.query_lens)) if self.on_cuda else None
+        if size is None or size > self.limits.max_num_batched_tokens:
             return None
-        if max(batch.query_lens) == 1:
-            return Padding(size, inputs.adapted, size, 0, size)
-        decodes, prefills = _power_of_two(len(inputs.decode_tiles)), _power_of_two(len(inputs.prefill_tiles))
-        samples = min(_power_of_two(len(inputs.sample_rows)), self.limits.max_num_seqs)
-        return Padding(size, inputs.adapted, decodes, prefills, samples)
+        return Padding.of(batch, size, self.decoder.long_tile)
 
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
         flat = np.concatenate([a.reshape(-1) for a in inputs.arrays()])
@@ -164,13 +161,14 @@ class LiveBackend:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3
 
-    def _prepare(self, batch: StepBatch) -> None:
+    def _prepare(self, batch: StepBatch, padding: Padding | None) -> None:
         """Compile kernels and capture the step's graph if this is their first use (not part of any step's time)."""
-        inputs = self._lay_out(batch)
-        padding = self._padding(batch, inputs)
-        kernels = (inputs.adapted, len(inputs.decode_tiles) > 0, len(inputs.prefill_tiles) > 0)
+        few = [query <= DECODE_TILE for query in batch.query_lens]
+        kernels = (any(slot != NO_SLOT for slot in batch.slots), any(few), not all(few))
         if (padding is None and kernels in self._warm) or padding in self._graphs:
             return
+        inputs = self._lay_out(batch)
+        self._held_tables = [()] * self.limits.max_num_seqs
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)
         device_inputs = self._pack(inputs)

@@ -30,6 +30,21 @@ class Padding:
     prefill_tiles: int
     samples: int
 
+    @classmethod
+    def of(cls, batch: StepBatch, rows: int, long_tile: int) -> Padding:
+        """What `batch` is padded to at `rows` rows: pure decodes to as many requests, others to powers of two."""
+        adapted = any(slot != NO_SLOT for slot in batch.slots)
+        if max(batch.query_lens) == 1:
+            return cls(rows, adapted, rows, 0, rows)
+        decodes = sum(query <= DECODE_TILE for query in batch.query_lens)
+        prefills = sum(-(-query // long_tile) for query in batch.query_lens if query > DECODE_TILE)
+        return cls(rows, adapted, power_of_two(decodes), power_of_two(prefills), power_of_two(sum(batch.samples)))
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least `count`; 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -95,6 +110,36 @@ def _attention_tiles(requests: IntArray, starts: IntArray, context: IntArray, qu
 
 def lay_out(batch: StepBatch, tables: IntArray, block_size: int, long_tile: int) -> StepInputs:
     """Lay out `batch`, whose block tables are the rows of `tables` int32[n, blocks]; `long_tile`: see `prefill_tile`."""
+    if max(batch.query_lens) == 1:
+        return _lay_out_single(batch, tables, block_size)
+    return lay_out_any(batch, tables, block_size, long_tile)
+
+
+def _lay_out_single(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
+    """`lay_out_any` where every request computes one token, as nearly all steps are: fewer operations, less host time."""
+    count = len(batch.query_lens)
+    requests = np.arange(count, dtype=np.int32)
+    context = np.array(batch.context_lens, dtype=np.int32)
+    block = tables[requests, context // block_size]
+    tiles = np.empty((count, 4), dtype=np.int32)
+    tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3] = requests, requests, context, 1
+    decodes = np.array(batch.decodes, dtype=bool) if batch.decodes else context > 0
+    newest = tables[requests, np.maximum(context - 1, 0) // block_size]
+    samples = slice(None) if all(batch.samples) else np.array(batch.samples, dtype=bool)
+    return StepInputs(
+        np.where(decodes, newest, np.int32(-1)),
+        context,
+        block * block_size + context % block_size,
+        np.array(batch.slots, dtype=np.int32),
+        tiles,
+        np.empty((0, 4), dtype=np.int32),
+        requests[samples],
+        block[samples],
+    )
+
+
+def lay_out_any(batch: StepBatch, tables: IntArray, block_size: int, long_tile: int) -> StepInputs:
+    """`lay_out` of any step."""
     query = np.array(batch.query_lens, dtype=np.int32)
     context = np.array(batch.context_lens, dtype=np.int32)
     starts = (np.cumsum(query) - query).astype(np.int32)

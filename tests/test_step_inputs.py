@@ -1,0 +1,85 @@
+"""A step laid out for the device: the short way of pure decodes, padding, and block tables kept from step to step."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.base import EngineLimits, StepBatch
+from backend.geometry import load_geometry
+from backend.live import LiveBackend
+from backend.step_inputs import Padding, lay_out, lay_out_any, power_of_two
+
+SIZE, TILE = 16, 32
+
+
+@st.composite
+def steps(draw: st.DrawFn, longest: int = 90) -> StepBatch:
+    count = draw(st.integers(1, 12))
+    query = draw(st.lists(st.integers(1, longest), min_size=count, max_size=count))
+    context = draw(st.lists(st.integers(0, 90), min_size=count, max_size=count))
+    slots = draw(st.lists(st.integers(-1, 3), min_size=count, max_size=count))
+    samples = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    blocks = iter(draw(st.permutations(range(count * 12))))
+    tables = tuple(tuple(next(blocks) for _ in range(-(-(q + c) // SIZE))) for q, c in zip(query, context, strict=True))
+    decodes = draw(st.booleans())
+    flags = tuple(q == 1 and c > 0 and draw(st.booleans()) for q, c in zip(query, context, strict=True))
+    return StepBatch(tuple(query), tuple(context), tuple(slots), tuple(samples), tables, flags if decodes else ())
+
+
+def as_array(batch: StepBatch) -> np.ndarray:
+    tables = np.zeros((len(batch.query_lens), 12), dtype=np.int32)
+    for row, blocks in enumerate(batch.block_tables):
+        tables[row, : len(blocks)] = blocks
+    return tables
+
+
+@given(steps(longest=1))
+def test_pure_decodes_are_laid_out_as_any_step_is(batch: StepBatch) -> None:
+    tables = as_array(batch)
+    short, general = lay_out(batch, tables, SIZE, TILE), lay_out_any(batch, tables, SIZE, TILE)
+    for mine, theirs in zip(short.arrays(), general.arrays(), strict=True):
+        assert mine.dtype == theirs.dtype == np.int32
+        assert mine.shape == theirs.shape
+        assert (mine == theirs).all()
+
+
+@given(steps(), st.sampled_from([1, 4, 64, 512, 2048]))
+def test_padding_is_known_before_the_layout(batch: StepBatch, size: int) -> None:
+    inputs = lay_out(batch, as_array(batch), SIZE, TILE)
+    padding = Padding.of(batch, size, TILE)
+    assert padding.adapted == inputs.adapted
+    if max(batch.query_lens) == 1:
+        assert (padding.decode_tiles, padding.prefill_tiles, padding.samples) == (size, 0, size)
+    else:
+        assert padding.decode_tiles == power_of_two(len(inputs.decode_tiles))
+        assert padding.prefill_tiles == power_of_two(len(inputs.prefill_tiles))
+        assert padding.samples == power_of_two(len(inputs.sample_rows))
+
+
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=6), min_size=1, max_size=4), min_size=1, max_size=6
+    )
+)
+def test_block_tables_are_right_whatever_the_rows_held(worlds: list[list[list[int]]]) -> None:
+    backend = world()
+    backend._held_tables = [()] * 4
+    for tables in worlds:
+        count = len(tables)
+        context = tuple(len(blocks) * SIZE - 1 for blocks in tables)
+        blocks = tuple(tuple(row) for row in tables)
+        backend._lay_out(StepBatch((1,) * count, context, (-1,) * count, (True,) * count, blocks))
+        for row, expected in enumerate(blocks):
+            assert tuple(backend._host_tables[row, : len(expected)].tolist()) == expected
+
+
+_worlds: list[LiveBackend] = []
+
+
+def world() -> LiveBackend:
+    if not _worlds:
+        limits = EngineLimits(2, 8, 4, 64, 96, SIZE, 0.9)
+        _worlds.append(LiveBackend(load_geometry("tiny"), limits, 16, device="cpu"))
+    return _worlds[0]
