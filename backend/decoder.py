@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backend.linears import base_product, linear_with_lora
+from backend.linears import base_product, gated_with_lora, linear_with_lora
 from backend.sgmv import Segments, SlotBank, SlotLayout
 from backend.step_inputs import DECODE_TILE, StepInputs, power_of_two, prefill_tile
 
@@ -153,6 +153,14 @@ class Decoder:
         )
         return out
 
+    def _gated(self, layer: int, x: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+        gate_up, activated = self.gate_up[: len(x)], self.activated[: len(x)]
+        linear = self.bank.layout.layers[layer]["gate_up"]
+        kernels = self.segments.engine == "cuda"
+        weight = self.layers[layer]["gate_up"]
+        gated_with_lora(x, weight, gate_up, activated, self.bank, linear, segments, self.ops, kernels=kernels)
+        return activated
+
     def _attend(self, layer: int, qkv: torch.Tensor, inputs: DeviceInputs, tables: torch.Tensor) -> torch.Tensor:
         k, v, heads = self.k_cache[layer], self.v_cache[layer], self.geometry.num_heads
         out = self.heads_out[: len(qkv)]
@@ -183,10 +191,7 @@ class Decoder:
             qkv = self._linear(layer, "qkv", normed, self.qkv, segments)
             x = self._linear(layer, "o", self._attend(layer, qkv, inputs, tables), self.attended, segments)
             norm(x, residual, self.norms[2 * layer + 1], normed, eps)
-            gate_up = self._linear(layer, "gate_up", normed, self.gate_up, segments)
-            activated = self.activated[:rows]
-            self.ops.silu_mul(gate_up, activated)
-            x = self._linear(layer, "down", activated, self.attended, segments)
+            x = self._linear(layer, "down", self._gated(layer, normed, segments), self.attended, segments)
         norm(x, residual, self.norms[-1], normed, eps)
         samples = len(inputs.sample_rows)
         if samples:

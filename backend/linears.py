@@ -1,6 +1,8 @@
-"""One fused linear of a decoder layer: base product plus LoRA, in the order that hides most of the LoRA."""
+"""The fused linears of a decoder layer: base product plus LoRA, in the order that hides most of the LoRA."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 
@@ -50,3 +52,29 @@ def linear_with_lora(
         cuda_kernels.expand(out, bank, linear, segments)
     elif segments is not None:
         sgmv(x, out, bank, linear, segments)
+
+
+def gated_with_lora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate_up: torch.Tensor,
+    activated: torch.Tensor,
+    bank: SlotBank,
+    linear: FusedLinear,
+    segments: Segments | None,
+    ops: ModuleType,
+    *,
+    kernels: bool,
+) -> None:
+    """`activated` [T, w] = silu(gate) * up of every row; `gate_up` [T, 2 w] is where the base product goes.
+
+    Where the batch is long, adapted rows get their LoRA product and SwiGLU in one launch. `ops`: whose `silu_mul`.
+    """
+    if segments is None or not kernels or not cuda_kernels.takes_swiglu(linear, segments):
+        linear_with_lora(x, weight, gate_up, None, bank, linear, segments, kernels=kernels)
+        ops.silu_mul(gate_up, activated)
+        return
+    base_product(x, weight, gate_up, None, kernels=kernels)
+    cuda_kernels.shrink(x, bank, linear, segments)
+    cuda_kernels.expand_swiglu(gate_up, activated, bank, linear, segments)
+    ops.silu_mul(gate_up, activated, segments.row_slots)

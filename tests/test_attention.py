@@ -23,16 +23,16 @@ interpreted = pytest.mark.skipif(
 def test_attention_equals_the_reference(
     heads: int, kv_heads: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ops = pytest.importorskip("backend.ops_triton", reason="triton is not installed")
+    ops = pytest.importorskip("backend.attention_triton", reason="triton is not installed")
     monkeypatch.setattr(ops, "MOST_SPLITS", splits)
-    dim, size, query, context = 16, 4, (1, 1, 3, 9), (300, 0, 90, 20)
+    dim, size, query, context = 16, 4, (1, 1, 3, 9, 9), (300, 0, 90, 20, 150)
     blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
     ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
-    tables, starts = np.zeros((4, max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
+    tables, starts = np.zeros((5, max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
     for i, count in enumerate(blocks):
         tables[i, :count] = ids[starts[i] : starts[i] + count]
     long_tile = prefill_tile(heads // kv_heads)
-    inputs = lay_out(StepBatch(query, context, (-1,) * 4, (True,) * 4), tables, size, long_tile)
+    inputs = lay_out(StepBatch(query, context, (-1,) * 5, (True,) * 5), tables, size, long_tile)
     torch.manual_seed(0)
     qkv = torch.randn(inputs.rows, (heads + 2 * kv_heads) * dim)
     k, v = torch.randn(2, len(ids), kv_heads, size, dim)

@@ -24,6 +24,7 @@ RESIDENT_BLOCKS = {
     "expand_short_1_ringed": 3,
     "expand_short_2": 3,
     "expand_long": 2,
+    "expand_long_swiglu": 2,
 }
 """Blocks a multiprocessor holds at a time (`__launch_bounds__` in the sources): grids are no larger."""
 
@@ -46,7 +47,7 @@ ShrinkArgs = _struct(
 )
 ExpandArgs = _struct(
     "ExpandArgs",
-    "ptr h weights scaling header tiles rows y; long y_stride slot_stride b_unit[3];"
+    "ptr h weights scaling header tiles rows y activated; long y_stride slot_stride activated_stride b_unit[3];"
     "int width[3] begin[3] groups[3] slices pieces h_rows h_rank long_run",
 )
 LinearArgs = _struct("LinearArgs", "ptr x w y; long x_stride y_stride; int rows in_features out_features")
@@ -124,7 +125,7 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
         name = "expand_short_1_ringed"
     args = ExpandArgs(
         segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
-        segments.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(), out.stride(0), bank.weights.stride(0),
+        segments.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(), None, out.stride(0), bank.weights.stride(0), 0,
         (*linear.b_units, 0, 0)[:3], widths, begins, groups, linear.slices, pieces, rows, rank, long_run,
     )  # fmt: skip
     row_bytes, eights = (128 + 8) * 2, 2 if segments.tiling.tile_rows > 8 else 1
@@ -133,6 +134,36 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
         shared += 2 * rank * row_bytes
     elif name.endswith("ringed"):
         shared += 4 * 3 * 16 * row_bytes
+    run.launch(name, _grid(rows * sum(groups), name, run), 128, (args,), shared, early=True)
+
+
+def takes_swiglu(linear: FusedLinear, segments: Segments) -> bool:
+    """Whether `expand_swiglu` serves `linear` on this batch: gate and up of one width, and long segments."""
+    widths, pieces = linear.out_features, -(-linear.in_features // PIECE)
+    return segments.tiling.tile_rows == 64 and len(widths) == 2 and len(set(widths)) == 1 and pieces <= SETTLED_PIECES
+
+
+def expand_swiglu(
+    gate_up: torch.Tensor, activated: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments
+) -> None:
+    """`activated[t] = silu(gate) * up` of every adapted row, with `scaling * B h` added to both; follows `shrink`.
+
+    `gate_up` [T, 2 w] is read and not written, `activated` [T, w]; rows without an adapter are left alone. Saves writing
+    and reading `gate_up` once more. The bits are those of `expand` and then `ops_triton.silu_mul`.
+    """
+    run, name = kernels(gate_up.dtype), "expand_long_swiglu"
+    rows, rank = len(segments.rows), padded_rank(bank.max_lora_rank)
+    one = linear.out_features[:1]
+    long_run = _long_run(-(-rows // 64), one, run)
+    groups = _columns(one, 128 * long_run)[2]
+    widths, begins, _ = _columns(linear.out_features, 128)
+    args = ExpandArgs(
+        segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
+        segments.tiles.data_ptr(), segments.rows.data_ptr(), gate_up.data_ptr(), activated.data_ptr(), gate_up.stride(0),
+        bank.weights.stride(0), activated.stride(0), (*linear.b_units, 0)[:3], widths, begins, groups, linear.slices,
+        -(-linear.in_features // PIECE), rows, rank, long_run,
+    )  # fmt: skip
+    shared = 4 * 2 * rank // 16 * 2 * 512 + 2 * rank * (128 + 8) * 2
     run.launch(name, _grid(rows * sum(groups), name, run), 128, (args,), shared, early=True)
 
 

@@ -34,6 +34,6 @@ def choose(rows: int, max_lora_rank: int) -> Tiling:
     small = max_lora_rank <= 16
     if rows <= 64 or (rows <= 128 and small):
         return FEW
-    if rows <= 512 or (rows <= 2048 and small) or max_lora_rank > LONG_RANK:
+    if rows <= 512 or (rows <= 1024 and small) or max_lora_rank > LONG_RANK:
         return MANY
     return LONG

@@ -174,3 +174,28 @@ def test_base_product_of_few_rows(features: tuple[int, int], dtype: torch.dtype)
         assert float((out.double() - truth).norm() / truth.norm()) < 3e-3
         outs.append(out[0])
     assert all(torch.equal(outs[0], other) for other in outs), "a row's bits depend on the batch"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [LINEARS, ODD], ids=["llama", "odd"])
+def test_swiglu_in_the_expand_has_the_bits_of_both_apart(shape: dict[str, tuple[int, int]], dtype: torch.dtype) -> None:
+    from backend import ops_triton
+    from backend.sgmv import cuda_kernels
+
+    bank, rng = make_bank(shape, dtype), np.random.default_rng(3)
+    linear = bank.layout.layers[0]["gate_up"]
+    for rows, adapters in ((1500, 1), (2300, len(RANKS)), (4000, 3)):
+        x = torch.randn(rows, linear.in_features, device="cuda", dtype=dtype)
+        base = torch.randn(rows, sum(linear.out_features), device="cuda", dtype=dtype)
+        slots = torch.tensor(np.sort(rng.integers(-1, adapters, rows)), dtype=torch.int32, device="cuda")
+        segments = Segments.allocate(rows, bank).of(slots, bank)
+        assert cuda_kernels.takes_swiglu(linear, segments)
+        whole, activated = base.clone(), torch.full_like(base[:, : linear.out_features[0]], float("nan"))
+        apart = activated.clone()
+        sgmv(x, whole, bank, linear, segments)
+        ops_triton.silu_mul(whole, apart)
+        cuda_kernels.shrink(x, bank, linear, segments)
+        cuda_kernels.expand_swiglu(base, activated, bank, linear, segments)
+        assert activated[slots < 0].isnan().all()
+        ops_triton.silu_mul(base, activated, segments.row_slots)
+        assert torch.equal(activated, apart)

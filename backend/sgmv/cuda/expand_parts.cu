@@ -6,7 +6,8 @@ struct Expand {
     const int4* tiles;
     const int* rows;
     u16* y;
-    long long y_stride, slot_stride;
+    u16* activated;  // where gate and up go together (expand_long_swiglu)
+    long long y_stride, slot_stride, activated_stride;
     long long b_unit[3];
     int width[3], begin[3], groups[3];  // per slice: columns, first column of y, column groups
     int slices, pieces, h_rows, h_rank, long_run;
@@ -114,19 +115,22 @@ struct Target {  // this lane's tokens in y: 2q, 2q + 1 of each eight, and their
             if (live[j][i] && at + half * 64 < width) y[j][i][half] = load_row(row[j][i] + at + half * 64);
         }
     }
+    // y plus the delta: eight columns of a token, rounded.
+    __device__ __forceinline__ uint4 sum(const float (&c)[8][NT][4], float scale, int j, int i, int half) const {
+        u32 out[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const u32 old = word(y[j][i][half], m);
+            out[m] = pack(widen(old, 0) + c[2 * m][j][half * 2 + i] * scale,
+                          widen(old, 1) + c[2 * m + 1][j][half * 2 + i] * scale);
+        }
+        return make_uint4(out[0], out[1], out[2], out[3]);
+    }
     __device__ __forceinline__ void store(const float (&c)[8][NT][4], float scale, int at, int width) {
 #pragma unroll
         for (int n = 0; n < NT * 4; n++) {
             const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
-            if (!live[j][i] || at + half * 64 >= width) continue;
-            u32 out[4];
-#pragma unroll
-            for (int m = 0; m < 4; m++) {
-                const u32 old = word(y[j][i][half], m);
-                out[m] = pack(widen(old, 0) + c[2 * m][j][half * 2 + i] * scale,
-                              widen(old, 1) + c[2 * m + 1][j][half * 2 + i] * scale);
-            }
-            *(uint4*)(row[j][i] + at + half * 64) = make_uint4(out[0], out[1], out[2], out[3]);
+            if (live[j][i] && at + half * 64 < width) *(uint4*)(row[j][i] + at + half * 64) = sum(c, scale, j, i, half);
         }
     }
 };
