@@ -113,7 +113,8 @@ class LiveBackend:
         self.steps_executed += 1
         return StepTiming(device_s, max(0.0, time.perf_counter() - started - device_s))
 
-    def _lay_out(self, batch: StepBatch) -> StepInputs:
+    def hold_tables(self, batch: StepBatch) -> None:
+        """Write the batch's block tables, as the step before would have."""
         tables, held = self._host_tables.numpy(), self._held_tables
         for row, blocks in enumerate(batch.block_tables):
             # A request that went on has the blocks it had, and now and then one more.
@@ -121,6 +122,10 @@ class LiveBackend:
             if start < len(blocks):
                 tables[row, start : len(blocks)] = blocks[start:]
             held[row] = blocks
+
+    def _lay_out(self, batch: StepBatch) -> StepInputs:
+        self.hold_tables(batch)
+        tables = self._host_tables.numpy()
         return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size, self.decoder.long_tile)
 
     def _padding(self, batch: StepBatch) -> Padding | None:

@@ -2,9 +2,9 @@
 
 Writes FILE.csv (decode steps: requests B, distinct adapters D; `host_ms` is the part that the GPU does not see, `floor_ms`
 reading weights, adapters and KV once at the copy bandwidth measured in this run), FILE_prefill.csv (steps of prompts, with
-the share of the measured dense rate), FILE_loads.csv (adapters, host to slot), FILE_churn.csv (random steps and loads:
-memory and rows accounted for) and FILE.json (GPU, versions, date, bandwidth, dense rate). `--vllm DIR` prints the comparison
-with `decode_grid.csv` and `prefill.csv` of that folder; with `--only compare` nothing is measured.
+the share of the measured dense rate), FILE_loads.csv (adapters, host to slot) and FILE.json (GPU, versions, date,
+bandwidth, dense rate). `--vllm DIR` prints the comparison with
+`decode_grid.csv` and `prefill.csv` of that folder; with `--only compare` nothing is measured.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from backend.errors import BackendError
 from benchmarks.step_tables import compare_decode, compare_prefill
 
-PARTS = ("decode", "prefill", "loads", "churn", "compare")
+PARTS = ("decode", "prefill", "loads", "compare")
 RANK = 16
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 ADAPTERS = (0, 1, 2, 4, 8, 16, 32)
@@ -171,34 +170,6 @@ def loads(bench: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def churn(bench: Bench, steps: int) -> pd.DataFrame:
-    """Random steps, an adapter exchanged every third: a row a thousand with memory in use and rows computed."""
-    import torch
-
-    from backend.compositions import Room, random_steps
-
-    rng = np.random.default_rng(20261124)
-    room = Room(bench.limits, bench.backend.num_gpu_blocks, {RANK: tuple(range(bench.limits.max_loras))})
-    pool = list(random_steps(room, 250, rng))
-    for batch in pool:
-        bench.backend.execute(batch)
-    rows, computed, before = [], 0, bench.backend.steps_executed
-    for i in range(steps):
-        batch = pool[int(rng.integers(len(pool)))]
-        if i % 3 == 0:
-            bench.backend.load(bench.adapters[int(rng.integers(32))], int(rng.integers(32)))
-        bench.backend.execute(batch)
-        computed += batch.tokens
-        if i == 0 or (i + 1) % 1000 == 0:
-            torch.cuda.synchronize()
-            free, total = torch.cuda.mem_get_info(0)
-            finite = bool(bench.backend.decoder.logits.isfinite().all())
-            executed = bench.backend.steps_executed - before
-            rows.append((i + 1, executed, computed, torch.cuda.memory_allocated(), total - free, finite))
-    columns = ["step", "steps_executed", "rows_computed", "allocated_bytes", "device_used_bytes", "logits_finite"]
-    return pd.DataFrame(rows, columns=columns)
-
-
 def measure(args: argparse.Namespace, parts: list[str]) -> None:
     from backend.measure import describe_device
 
@@ -207,7 +178,6 @@ def measure(args: argparse.Namespace, parts: list[str]) -> None:
         "decode": decode,
         "prefill": prefill,
         "loads": loads,
-        "churn": lambda b: churn(b, args.churn_steps),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
@@ -228,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--out", type=Path, default=Path("step.csv"), help="the CSV file to write; others lie beside it")
     flags.add_argument("--geometry", default="llama-3.1-8b", help="a shipped geometry or a config.json")
     flags.add_argument("--vllm", type=Path, help="folder with vLLM's decode_grid.csv and prefill.csv")
-    flags.add_argument("--churn-steps", type=int, default=10_000, help="steps of the churn run")
     flags.add_argument("--only", choices=PARTS, action="append", help="measure this part (repeatable); default: all")
     args = flags.parse_args(argv)
     parts = [p for p in (args.only or PARTS) if p != "compare"]

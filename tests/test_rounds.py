@@ -1,0 +1,65 @@
+"""Steps measured in rounds: medians over rounds, an order a round, and a killed measurement that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backend.base import StepBatch, StepTiming
+from backend.errors import BackendError
+from backend.rounds import Rounds, measure_rounds
+
+BATCHES = [StepBatch((1,) * n, (5,) * n, (-1,) * n, (True,) * n, ((0,),) * n) for n in (1, 2, 3, 4)]
+
+
+class Clocked:
+    """Takes a millisecond a request, and one more each time; stops after `most` steps."""
+
+    def __init__(self, most: int = 10**6) -> None:
+        self.seen: list[int] = []
+        self.most = most
+
+    def hold_tables(self, batch: StepBatch) -> None:
+        self.held = batch
+
+    def execute(self, batch: StepBatch) -> StepTiming:
+        if len(self.seen) == self.most:
+            raise KeyboardInterrupt
+        count = len(batch.query_lens)
+        again = self.seen.count(count)
+        self.seen.append(count)
+        if again:
+            assert self.held == batch
+        return StepTiming(1e-3 * (count + again), 1e-4)
+
+
+def test_the_median_leaves_the_first_use_out(tmp_path: Path) -> None:
+    backend = Clocked()
+    table = measure_rounds(backend, BATCHES, 3, rounds=Rounds(tmp_path / "part", {"gpu": "x"}))
+    assert table["device_s"].tolist() == pytest.approx([3e-3, 4e-3, 5e-3, 6e-3])
+    assert table["elapsed_s"].tolist() == pytest.approx([3.1e-3, 4.1e-3, 5.1e-3, 6.1e-3])
+    assert table["p10_s"].tolist() < table["elapsed_s"].tolist() < table["p90_s"].tolist()
+    orders = [tuple(backend.seen[i : i + 4]) for i in range(4, 16, 4)]
+    assert all(sorted(order) == [1, 2, 3, 4] for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
+    facts = {"gpu": "x"}
+    with pytest.raises(KeyboardInterrupt):
+        measure_rounds(Clocked(10), BATCHES, 3, rounds=Rounds(tmp_path / "part", facts))
+    later = Clocked()
+    measure_rounds(later, BATCHES, 3, rounds=Rounds(tmp_path / "part", facts))
+    assert len(later.seen) == 4 + 2 * 4, "one round was kept, the broken one starts over"
+    done = Clocked()
+    measure_rounds(done, BATCHES, 3, rounds=Rounds(tmp_path / "part", facts))
+    assert not done.seen
+
+
+def test_rounds_of_another_measurement_are_refused(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path / "part", {"gpu": "x"})
+    with pytest.raises(BackendError, match="rounds of another measurement"):
+        Rounds(tmp_path / "part", {"gpu": "y"})
+    rounds.remove()
+    Rounds(tmp_path / "part", {"gpu": "y"})
