@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from backend.base import AdapterShape, EngineLimits, StepBatch
 from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.errors import BackendError
-from backend.features import StepFeatures
-from backend.fitting import accuracy, features_of, load_curve
+from backend.fitting import accuracy, composition, features_of, load_curve
+from backend.gpu_watch import watching
 from backend.live import GRAPH_SIZES, LiveBackend
 from backend.memory import memory_plan
 from backend.predictor import fit_predictor
-from backend.profile import Profile, write_profile
+from backend.profile import Profile, measured_facts, write_profile
+from backend.rounds import Rounds, measure_rounds
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
@@ -87,53 +86,51 @@ def fill_slots(backend: LiveBackend, limits: EngineLimits) -> Room:
 
 
 def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
-    """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`."""
+    """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`.
+
+    Ranks are mixed and every adapter has host memory of its own, as in an engine: a copy that is repeated on the spot
+    finds its bytes in the processor's caches. The first adapter of each rank is not timed.
+    """
+    rng = np.random.default_rng(20261124)
+    adapters = [
+        (i, AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES)) for rank in RANKS for i in range(repeats + 1)
+    ]
     rows: list[tuple[str, int, int, float]] = []
-    for rank in RANKS:
-        adapter = AdapterShape(10_000 + rank, rank, ALL_MODULES)
-        for i in range(repeats + 1):
-            staged = backend.stage(adapter)
-            loaded = backend.load(adapter, RANKS.index(rank))
-            backend.drop(adapter.adapter_id)
+    for kind in ("stage", "load"):
+        for chosen in rng.permutation(len(adapters)):
+            i, adapter = adapters[int(chosen)]
+            slot = RANKS.index(adapter.rank)
+            timing = backend.stage(adapter) if kind == "stage" else backend.load(adapter, slot)
             if i:
-                rows.append(("stage", rank, staged.nbytes, staged.elapsed_s))
-                rows.append(("load", rank, loaded.nbytes, loaded.elapsed_s))
+                rows.append((kind, adapter.rank, timing.nbytes, timing.elapsed_s))
+    for _, adapter in adapters:
+        backend.drop(adapter.adapter_id)
     return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
 
 
-def measure_steps(
-    backend: LiveBackend, batches: Iterable[StepBatch], slot_ranks: dict[int, int], kind: str, repeats: int
-) -> pd.DataFrame:
-    """Median device and host seconds of each step over `repeats` runs, with its features; one row a step."""
-    rows: list[dict[str, Any]] = []
-    for batch in tqdm(list(batches), desc=kind, disable=not sys.stderr.isatty(), unit="step"):
-        timings = [backend.execute(batch) for _ in range(repeats + 1)][1:]
-        elapsed = np.array([t.elapsed_s for t in timings])
-        device = float(np.median([t.device_s for t in timings]))
-        rows.append(
-            {
-                "kind": kind,
-                **asdict(StepFeatures.of(batch, slot_ranks)),
-                "device_s": device,
-                "host_s": max(0.0, float(np.median(elapsed)) - device),
-                "elapsed_s": float(np.median(elapsed)),
-                "p10_s": float(np.quantile(elapsed, 0.1)),
-                "p90_s": float(np.quantile(elapsed, 0.9)),
-            }
-        )
-    return pd.DataFrame(rows)
+def compositions(room: Room, *, small: bool) -> list[tuple[str, StepBatch]]:
+    """The steps to measure: a grid, random ones that are fitted too, and random ones that only check the fit."""
+    rng = np.random.default_rng(20261123)
+    count = 40 if small else 300
+    steps = [("grid", batch) for batch in (*decode_grid(room, small), *prefill_grid(room, small))]
+    steps += [("random", batch) for batch in random_steps(room, count, rng)]
+    return steps + [("held_out", batch) for batch in random_steps(room, count, rng)]
 
 
 def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: bool = False) -> Profile:
     """Measure `geometry` on `device` ("cuda" or "cpu") and write the profile into the new folder `out`.
 
     `quick` measures a coarse grid. Writes `profile.json`, `steps.parquet`, `loads.parquet`; the folder appears whole.
-    Raises `BackendError` if `out` exists or the device cannot hold the model.
+    Finished rounds lie in the folder `out`.part until then: called again, a measurement that was killed goes on.
+    Raises `BackendError` if `out` exists, the device cannot hold the model, or `out`.part is of another measurement.
     """
     if out.exists():
         raise BackendError(f"--out {out}: exists already; name a new folder")
     started = time.perf_counter()
     limits = measuring_limits(device)
+    facts = {**describe_device(device), "geometry": geometry.name, "limits": asdict(limits)}
+    same = {"quick": quick, **{name: fact for name, fact in facts.items() if name != "date"}}
+    rounds = Rounds(out.with_name(f"{out.name}.part"), same)
     gpu_bytes = device_bytes(device)
     blocks = memory_plan(geometry, limits, gpu_bytes).num_gpu_blocks
     blocks = blocks if device == "cuda" else min(blocks, 2048)
@@ -142,41 +139,55 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
         room = fill_slots(backend, limits)
         ranks = {slot: rank for rank, slots in room.slots_of_rank.items() for slot in slots}
         repeats = 3 if quick else 5
-        small = quick or device == "cpu"
-        grid = [*decode_grid(room, small), *prefill_grid(room, small)]
-        rng = np.random.default_rng(20261123)
-        measure_steps(backend, list(random_steps(room, 10, rng)), ranks, "warm-up", 1)
-        tables = [measure_steps(backend, grid, ranks, "grid", repeats)]
-        tables.append(measure_steps(backend, random_steps(room, 40 if small else 240, rng), ranks, "random", repeats))
-        tables.append(measure_steps(backend, random_steps(room, 40 if small else 240, rng), ranks, "held_out", repeats))
+        kinds, batches = zip(*compositions(room, small=quick or device == "cpu"), strict=True)
+        with watching(enabled=device == "cuda") as watch:
+            timings = measure_rounds(backend, batches, repeats, rounds=rounds)
         loads = measure_loads(backend, repeats)
     finally:
         backend.close()
-    steps = pd.concat(tables, ignore_index=True)
-    profile = profile_from(out.name, geometry, device, gpu_bytes, steps, loads, limits, time.perf_counter() - started)
+    steps = pd.DataFrame({"kind": kinds}).join(pd.DataFrame([composition(b, ranks) for b in batches])).join(timings)
+    facts |= {**watch.facts, "measuring_s": round(time.perf_counter() - started, 1)}
+    profile = profile_from(out.name, gpu_bytes, GRAPH_SIZES if device == "cuda" else (), steps, loads, facts)
+    write_profile(profile, steps, loads, out)
+    rounds.remove()
+    return profile
+
+
+def refit_profile(measured: Path, out: Path) -> Profile:
+    """Fit the steps and loads that lie in the profile folder `measured` again, and write the profile into the new folder `out`.
+
+    Raises `BackendError` if `out` exists or `measured` is not what `measure_profile` wrote.
+    """
+    if out.exists():
+        raise BackendError(f"--out {out}: exists already; name a new folder")
+    gpu_bytes, graph_sizes, meta = measured_facts(measured)
+    if "limits" not in meta:
+        raise BackendError(f"--refit {measured}: made from another engine's logs; make it again with --from-steps")
+    tables = [measured / f"{name}.parquet" for name in ("steps", "loads")]
+    for table in tables:
+        if not table.is_file():
+            raise BackendError(f"--refit {measured}: has no {table.name}")
+    steps, loads = (pd.read_parquet(table) for table in tables)
+    if "query_lens" not in steps:
+        raise BackendError(f"{tables[0]}: has no column query_lens; measured by an older version, measure it again")
+    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, meta)
     write_profile(profile, steps, loads, out)
     return profile
 
 
 def profile_from(
     name: str,
-    geometry: ModelGeometry,
-    device: str,
     gpu_bytes: int,
+    graph_sizes: Sequence[int],
     steps: pd.DataFrame,
     loads: pd.DataFrame,
-    limits: EngineLimits,
-    measuring_s: float,
+    meta: Mapping[str, object],
 ) -> Profile:
     """Fit a profile to measured tables; rows of kind `held_out` only check it."""
     fitted = steps[steps["kind"] != "held_out"]
     predictor = fit_predictor(
-        features_of(fitted),
-        fitted["device_s"].to_numpy(),
-        fitted["host_s"].to_numpy(),
-        GRAPH_SIZES if device == "cuda" else (),
+        features_of(fitted), fitted["device_s"].to_numpy(), fitted["host_s"].to_numpy(), graph_sizes
     )
-    meta = {"geometry": geometry.name, "limits": asdict(limits), "measuring_s": round(measuring_s, 1)}
     return Profile(
         name,
         gpu_bytes,
@@ -184,5 +195,5 @@ def profile_from(
         load_curve(loads, "stage"),
         load_curve(loads, "load"),
         accuracy(predictor, steps[steps["kind"] == "held_out"]),
-        {**describe_device(device), **meta},
+        meta,
     )
