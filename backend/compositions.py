@@ -9,6 +9,9 @@ import numpy as np
 
 from backend.base import NO_SLOT, EngineLimits, StepBatch
 
+CAPTURED = (16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""Rows of steps with prompts: where graphs are far apart, every size that is captured (`live.GRAPH_SIZES`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -64,11 +67,16 @@ def decode_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
                     batch = compose([1] * size, [context] * size, _spread(size, active), room)
                     if batch is not None:
                         yield batch
+    for size in () if quick else range(8, room.limits.max_num_seqs + 1, 8):
+        # Base products jump between sizes, which only steps of that size and without adapters show.
+        batch = compose([1] * size, [512] * size, _spread(size, ()), room) if size not in sizes else None
+        if batch is not None:
+            yield batch
 
 
 def prefill_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
     """Prefills and chunks, alone and beside decodes."""
-    tokens = (16, 64, 256) if quick else (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+    tokens = (16, 64, 256) if quick else tuple(sorted({*CAPTURED, 1536, 2048, 3072, 4096, 6144, 8192}))
     some = [slots[:n] for rank, slots in room.slots_of_rank.items() if rank in (16, 64) for n in (1, 4, 16)]
     for total in tokens:
         for active in ((), *some, room.slots):

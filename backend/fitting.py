@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 
+from backend.base import NO_SLOT, StepBatch
 from backend.features import StepFeatures
 from backend.predictor import Predictor
 from backend.profile import LoadCurve
@@ -21,19 +25,41 @@ def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
     return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9))
 
 
+def composition(batch: StepBatch, slot_ranks: Mapping[int, int]) -> dict[str, list[int]]:
+    """What a table of measured steps keeps of a batch: a list each over its requests; `ranks` is 0 without an adapter."""
+    return {
+        "query_lens": list(batch.query_lens),
+        "context_lens": list(batch.context_lens),
+        "slots": list(batch.slots),
+        "ranks": [slot_ranks[slot] if slot != NO_SLOT else 0 for slot in batch.slots],
+    }
+
+
 def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
-    """The features back from a table of measured steps."""
-    names = list(StepFeatures.__slots__)
-    return [
-        StepFeatures(**dict(zip(names, row, strict=True))) for row in steps[names].itertuples(index=False, name=None)
-    ]
+    """The features of a table of measured steps."""
+    columns = (steps[name] for name in ("query_lens", "context_lens", "slots", "ranks"))
+    features = []
+    for query, context, slots, ranks in zip(*columns, strict=True):
+        lengths = (tuple(map(int, query)), tuple(map(int, context)), tuple(map(int, slots)))
+        slot_ranks = dict(zip(lengths[2], map(int, ranks), strict=True))
+        features.append(StepFeatures.of(StepBatch(*lengths, (True,) * len(lengths[0])), slot_ranks))
+    return features
+
+
+def with_features(steps: pd.DataFrame) -> pd.DataFrame:
+    """A table of measured steps with a column for each feature."""
+    return steps.assign(**pd.DataFrame([asdict(f) for f in features_of(steps)], index=steps.index))
 
 
 def accuracy(predictor: Predictor, steps: pd.DataFrame) -> dict[str, float]:
-    """Relative error of predicted elapsed seconds on `steps`: count, mean absolute (MAPE) and 95th percentile."""
+    """Relative error of predicted elapsed seconds on `steps`: count, mean absolute (MAPE) and 95th percentile.
+
+    `spread`: how far repeats of one step lie apart (p10 to p90 over the median; the median step), 0 without repeats.
+    """
     predicted = np.array([sum(predictor.predict(f)[:2]) for f in features_of(steps)])
     error = np.abs(predicted / steps["elapsed_s"].to_numpy() - 1.0)
-    return {"steps": len(steps), "mape": float(error.mean()), "p95": float(np.quantile(error, 0.95))}
+    spread = float(((steps["p90_s"] - steps["p10_s"]) / steps["elapsed_s"]).median())
+    return {"steps": len(steps), "mape": float(error.mean()), "p95": float(np.quantile(error, 0.95)), "spread": spread}
 
 
 def accuracy_by_regime(predictor: Predictor, steps: pd.DataFrame) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +19,11 @@ from tqdm import tqdm
 from backend.base import AdapterShape, EngineLimits, StepBatch
 from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.errors import BackendError
-from backend.features import StepFeatures
-from backend.fitting import accuracy, features_of, load_curve
+from backend.fitting import accuracy, composition, features_of, load_curve
 from backend.live import GRAPH_SIZES, LiveBackend
 from backend.memory import memory_plan
 from backend.predictor import fit_predictor
-from backend.profile import Profile, write_profile
+from backend.profile import Profile, measured_facts, write_profile
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
@@ -104,7 +103,7 @@ def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
 def measure_steps(
     backend: LiveBackend, batches: Iterable[StepBatch], slot_ranks: dict[int, int], kind: str, repeats: int
 ) -> pd.DataFrame:
-    """Median device and host seconds of each step over `repeats` runs, with its features; one row a step."""
+    """Median device and host seconds of each step over `repeats` runs, with its composition; one row a step."""
     rows: list[dict[str, Any]] = []
     for batch in tqdm(list(batches), desc=kind, disable=not sys.stderr.isatty(), unit="step"):
         timings = [backend.execute(batch) for _ in range(repeats + 1)][1:]
@@ -113,7 +112,7 @@ def measure_steps(
         rows.append(
             {
                 "kind": kind,
-                **asdict(StepFeatures.of(batch, slot_ranks)),
+                **composition(batch, slot_ranks),
                 "device_s": device,
                 "host_s": max(0.0, float(np.median(elapsed)) - device),
                 "elapsed_s": float(np.median(elapsed)),
@@ -153,30 +152,48 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
     finally:
         backend.close()
     steps = pd.concat(tables, ignore_index=True)
-    profile = profile_from(out.name, geometry, device, gpu_bytes, steps, loads, limits, time.perf_counter() - started)
+    facts = {**describe_device(device), "geometry": geometry.name, "limits": asdict(limits)}
+    facts["measuring_s"] = round(time.perf_counter() - started, 1)
+    profile = profile_from(out.name, gpu_bytes, GRAPH_SIZES if device == "cuda" else (), steps, loads, facts)
+    write_profile(profile, steps, loads, out)
+    return profile
+
+
+def refit_profile(measured: Path, out: Path) -> Profile:
+    """Fit the steps and loads that lie in the profile folder `measured` again, and write the profile into the new folder `out`.
+
+    Raises `BackendError` if `out` exists or `measured` is not what `measure_profile` wrote.
+    """
+    if out.exists():
+        raise BackendError(f"--out {out}: exists already; name a new folder")
+    gpu_bytes, graph_sizes, meta = measured_facts(measured)
+    if "limits" not in meta:
+        raise BackendError(f"--refit {measured}: made from another engine's logs; make it again with --from-steps")
+    tables = [measured / f"{name}.parquet" for name in ("steps", "loads")]
+    for table in tables:
+        if not table.is_file():
+            raise BackendError(f"--refit {measured}: has no {table.name}")
+    steps, loads = (pd.read_parquet(table) for table in tables)
+    if "query_lens" not in steps:
+        raise BackendError(f"{tables[0]}: has no column query_lens; measured by an older version, measure it again")
+    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, meta)
     write_profile(profile, steps, loads, out)
     return profile
 
 
 def profile_from(
     name: str,
-    geometry: ModelGeometry,
-    device: str,
     gpu_bytes: int,
+    graph_sizes: Sequence[int],
     steps: pd.DataFrame,
     loads: pd.DataFrame,
-    limits: EngineLimits,
-    measuring_s: float,
+    meta: Mapping[str, object],
 ) -> Profile:
     """Fit a profile to measured tables; rows of kind `held_out` only check it."""
     fitted = steps[steps["kind"] != "held_out"]
     predictor = fit_predictor(
-        features_of(fitted),
-        fitted["device_s"].to_numpy(),
-        fitted["host_s"].to_numpy(),
-        GRAPH_SIZES if device == "cuda" else (),
+        features_of(fitted), fitted["device_s"].to_numpy(), fitted["host_s"].to_numpy(), graph_sizes
     )
-    meta = {"geometry": geometry.name, "limits": asdict(limits), "measuring_s": round(measuring_s, 1)}
     return Profile(
         name,
         gpu_bytes,
@@ -184,5 +201,5 @@ def profile_from(
         load_curve(loads, "stage"),
         load_curve(loads, "load"),
         accuracy(predictor, steps[steps["kind"] == "held_out"]),
-        {**describe_device(device), **meta},
+        meta,
     )

@@ -9,19 +9,34 @@ three regimes, fitted apart.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from backend.errors import BackendError
-from backend.features import StepFeatures
+from backend.features import DECODES_AT_ONCE, SPLIT_DECODES, StepFeatures
 
 FloatArray = npt.NDArray[np.float64]
 
-_BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_pairs", "active_adapters", "rank_sum", "row_rank")
+_BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "rank_sum", "row_rank")
+
+_TERMS = (
+    "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
+    "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank",
+)  # fmt: skip
+"""The terms after the two hats, in the order of `Regime.terms`; attention's come first."""
+
+_ATTENTION = 4
+
+_LEAN = frozenset({"prefill_keys", "active_adapters"})
+"""Those that a sparse table, of one rank and one context, can tell apart."""
+
+_ENOUGH = 3
+"""Measured steps of a captured size that give it a knot of its own: base products do not cost what their neighbours' say."""
 
 
 def hat(value: float, knots: Sequence[float]) -> list[float]:
@@ -37,11 +52,20 @@ def hat(value: float, knots: Sequence[float]) -> list[float]:
     return weights
 
 
+def host_terms(f: StepFeatures) -> list[float]:
+    """What the host's seconds of a step depend on: the step, whether it has adapters, its requests, adapters and rows."""
+    return [1.0, 1.0 if f.active_adapters else 0.0, f.requests, f.active_adapters, f.rows]
+
+
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """One regime's fit: knots over rows, coefficients for device and host seconds, and the measured range."""
+    """One regime's fit: knots over rows, coefficients for device and host seconds, and the measured range.
+
+    `knots`: of the base model; `lora_knots`: of what LoRA costs at all, where steps with and without it were measured.
+    """
 
     knots: tuple[float, ...]
+    lora_knots: tuple[float, ...]
     device: tuple[float, ...]
     host: tuple[float, ...]
     low: Mapping[str, float]
@@ -49,40 +73,37 @@ class Regime:
 
     def terms(self, f: StepFeatures, size: int) -> list[float]:
         """The features that coefficients multiply; `size` is the row count the step is executed at."""
-        adapted = 1.0 if f.active_adapters else 0.0
-        base = hat(size, self.knots)
-        lora = hat(f.lora_rows, self.knots) if f.active_adapters else [0.0] * len(self.knots)
-        few = 1.0 if f.requests <= 16 else 0.0
-        # How far the longest context sticks out: its blocks run on after the others' have ended.
-        ragged = f.max_kv - f.kv_tokens / max(1, f.decodes)
+        lora = hat(size, self.lora_knots) if f.active_adapters else [0.0] * len(self.lora_knots)
+        # With too few decodes to fill the processors but too many to split their keys, some idle until the longest ends.
+        idle = max(0, DECODES_AT_ONCE - f.decodes) * f.max_kv if f.decodes > SPLIT_DECODES else 0
         return [
-            *base,
+            *hat(size, self.knots),
             *lora,
             f.kv_tokens,
-            f.max_kv * few,
-            f.max_kv,
-            ragged,
-            f.prefill_pairs,
-            f.samples,
+            f.kv_tail + idle,
+            f.prefill_keys,
+            f.prefill_tail,
             f.requests,
             f.active_adapters,
             f.rank_sum,
+            f.max_rank,
             f.lora_tiles,
             f.row_rank,
-            adapted,
         ]
 
     def parts(self, f: StepFeatures, size: int) -> dict[str, float]:
         """Device seconds by what causes them: `base` model, `attention`, `lora`; they add up to the whole."""
         products = [c * t for c, t in zip(self.device, self.terms(f, size), strict=True)]
-        k = len(self.knots)
-        base, lora, attention, rest = (
-            products[:k],
-            products[k : 2 * k],
-            products[2 * k : 2 * k + 5],
-            products[2 * k + 5 :],
+        base, lora, rest = (
+            products[: len(self.knots)],
+            products[len(self.knots) : -len(_TERMS)],
+            products[-len(_TERMS) :],
         )
-        return {"base": sum(base) + sum(rest[:2]), "attention": sum(attention), "lora": sum(lora) + sum(rest[2:])}
+        return {
+            "base": sum(base) + rest[_ATTENTION],
+            "attention": sum(rest[:_ATTENTION]),
+            "lora": sum(lora) + sum(rest[_ATTENTION + 1 :]),
+        }
 
     def contains(self, f: StepFeatures) -> bool:
         """Whether every bounded feature lies inside what was measured."""
@@ -111,7 +132,7 @@ class Predictor:
         regime = self.regimes.get(name) or self.regimes["eager"]
         terms = regime.terms(f, size)
         device = sum(c * t for c, t in zip(regime.device, terms, strict=True))
-        host = sum(c * t for c, t in zip(regime.host, terms, strict=True))
+        host = sum(c * t for c, t in zip(regime.host, host_terms(f), strict=True))
         return device, host, not regime.contains(f)
 
     def parts(self, f: StepFeatures) -> dict[str, float]:
@@ -128,20 +149,12 @@ class Predictor:
     def from_json(cls, data: Mapping[str, Any]) -> Predictor:
         """Read what `to_json` wrote. Raises KeyError or TypeError for anything else."""
         regimes = {
-            name: Regime(tuple(r["knots"]), tuple(r["device"]), tuple(r["host"]), r["low"], r["high"])
+            name: Regime(
+                tuple(r["knots"]), tuple(r["lora_knots"]), tuple(r["device"]), tuple(r["host"]), r["low"], r["high"]
+            )
             for name, r in data["regimes"].items()
         }
         return cls(tuple(data["graph_sizes"]), regimes)
-
-
-_TERMS = (
-    "kv_tokens", "max_kv_few", "max_kv", "ragged", "prefill_pairs", "samples", "requests", "active_adapters",
-    "rank_sum", "lora_tiles", "row_rank", "adapted",
-)  # fmt: skip
-"""The terms after the two hats, in the order of `Regime.terms`."""
-
-_LEAN = frozenset({"prefill_pairs", "rank_sum", "adapted"})
-"""Those that a sparse table, of one rank and one context, can tell apart."""
 
 
 def _nonnegative(
@@ -166,6 +179,7 @@ def fit_regime(
     device_s: FloatArray,
     host_s: FloatArray,
     knots: Sequence[float],
+    lora_knots: Sequence[float],
     seconds_per_key: float | None = None,
 ) -> Regime:
     """Fit one regime to measured steps; relative errors of the whole step weigh alike.
@@ -176,15 +190,17 @@ def fit_regime(
     ranges = {k: [float(getattr(f, k)) for f in steps] for k in _BOUNDED}
     low = {k: min(v) for k, v in ranges.items()}
     high = {k: max(v) for k, v in ranges.items()}
-    empty = Regime(tuple(knots), (), (), low, high)
+    empty = Regime(tuple(knots), tuple(lora_knots), (), (), low, high)
     matrix = np.array([empty.terms(f, size) for f, size in zip(steps, sizes, strict=True)])
     weight = 1.0 / (device_s + host_s)
+    first = len(knots) + len(lora_knots)
     no_cost: dict[int, float] = {}
     if seconds_per_key is not None:
-        no_cost = {2 * len(knots) + i: 0.0 for i, name in enumerate(_TERMS) if name not in _LEAN}
-    keys = {2 * len(knots): seconds_per_key} if seconds_per_key is not None else {}
+        no_cost = {first + i: 0.0 for i, name in enumerate(_TERMS) if name not in _LEAN}
+    keys = {first: seconds_per_key} if seconds_per_key is not None else {}
     device = _nonnegative(matrix, device_s, weight, no_cost | keys)
-    return Regime(tuple(knots), device, _nonnegative(matrix, host_s, weight, no_cost), low, high)
+    host = _nonnegative(np.array([host_terms(f) for f in steps]), host_s, weight, {})
+    return replace(empty, device=device, host=host)
 
 
 def fit_predictor(
@@ -202,16 +218,21 @@ def fit_predictor(
         chosen = [i for i, (regime, _) in enumerate(placed) if regime == name]
         if not chosen:
             continue
-        rows = sorted({placed[i][1] for i in chosen if not steps[i].active_adapters})
-        if not rows:
+        sizes = [placed[i][1] for i in chosen]
+        base_only = sorted({placed[i][1] for i in chosen if not steps[i].active_adapters})
+        if not base_only:
             raise BackendError(f"a profile needs measured {name} steps without adapters beside those with")
-        knots = [float(r) for r in rows] if name == "decode" else _thinned(rows)
+        if name == "eager":
+            knots = _thinned([min(sizes), *base_only])
+        else:
+            knots = sorted({*base_only, *(size for size, count in Counter(sizes).items() if count >= _ENOUGH)})
         regimes[name] = fit_regime(
             [steps[i] for i in chosen],
-            [placed[i][1] for i in chosen],
+            sizes,
             device_s[chosen],
             host_s[chosen],
             knots,
+            _thinned(base_only),
             seconds_per_key,
         )
     if "eager" not in regimes:
@@ -219,10 +240,10 @@ def fit_predictor(
     return Predictor(tuple(graph_sizes), regimes)
 
 
-def _thinned(rows: Sequence[int]) -> list[float]:
-    """Knots at least a factor 1.4 apart."""
-    kept: list[float] = []
+def _thinned(rows: Sequence[int]) -> list[int]:
+    """Knots at least a factor 1.3 apart."""
+    kept: list[int] = []
     for value in rows:
-        if not kept or value >= 1.4 * kept[-1] or value == rows[-1]:
-            kept.append(float(value))
+        if not kept or value >= 1.3 * kept[-1] or value == rows[-1]:
+            kept.append(value)
     return kept

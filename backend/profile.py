@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
 from backend.predictor import Predictor
@@ -16,7 +16,7 @@ from backend.predictor import Predictor
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +87,48 @@ def load_profile(name_or_path: str) -> Profile:
                 f"profile {name_or_path}: neither a shipped profile ({known}) nor a folder with profile.json"
             )
         text, where = path.read_text(), str(path)
+    data = _parsed(text, where)
+    if data.pop("format", None) != FORMAT:
+        raise BackendError(
+            f"{where}: profile format must be {FORMAT}; `multilora measure --refit` makes it of older ones"
+        )
     try:
-        data = json.loads(text)
-        if data.pop("format") != FORMAT:
-            raise BackendError(f"{where}: profile format must be {FORMAT}; measure it again")
-        keys = ("name", "gpu_bytes", "accuracy")
         return Profile(
-            **{k: data.pop(k) for k in keys},
+            **{k: data.pop(k) for k in ("name", "gpu_bytes", "accuracy")},
             stage=LoadCurve(**data.pop("stage")),
             load=LoadCurve(**data.pop("load")),
             predictor=Predictor.from_json(data.pop("predictor")),
             meta=data,
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise BackendError(f"{where}: not a profile ({error}); measure it again") from error
+
+
+def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object]]:
+    """What a profile folder of any format says of its measurement: GPU bytes, graph sizes, and `Profile.meta`."""
+    path = folder / "profile.json"
+    if not path.is_file():
+        raise BackendError(f"{folder}: has no profile.json")
+    data = _parsed(path.read_text(), str(path))
+    fitted = ("format", "name", "gpu_bytes", "accuracy", "stage", "load", "predictor")
+    try:
+        return (
+            int(data["gpu_bytes"]),
+            data["predictor"]["graph_sizes"],
+            {k: v for k, v in data.items() if k not in fitted},
+        )
+    except (KeyError, TypeError) as error:
+        raise BackendError(f"{path}: not a profile ({error}); measure it again") from error
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BackendError(f"{where}: not a profile ({error}); measure it again") from error
+    if not isinstance(data, dict):
+        raise BackendError(f"{where}: not a profile; measure it again")
+    return data
 
 
 def write_profile(profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, out: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pandas as pd
 
 from backend.base import NO_SLOT, StepBatch
 from backend.errors import BackendError
-from backend.features import StepFeatures
+from backend.fitting import composition
 
 _KINDS: dict[str, tuple[str, ...]] = {
     "steps": ("total_ms", "sample_ms", "loads", "activations"),
@@ -84,10 +83,10 @@ def read_loads(paths: Sequence[Path], rank: int, nbytes: int) -> pd.DataFrame:
 
 
 def _row(batch: StepBatch, rank: int, total_ms: float, device_ms: float, spread: tuple[float, float]) -> dict[str, Any]:
-    features = StepFeatures.of(batch, {slot: rank for slot in batch.slots if slot != NO_SLOT})
+    ranks = {slot: rank for slot in batch.slots if slot != NO_SLOT}
     total, device = total_ms / 1e3, min(device_ms, total_ms) / 1e3
     times = {"device_s": device, "host_s": total - device, "elapsed_s": total}
-    return {**asdict(features), **times, "p10_s": spread[0] / 1e3, "p90_s": spread[1] / 1e3}
+    return {**composition(batch, ranks), **times, "p10_s": spread[0] / 1e3, "p90_s": spread[1] / 1e3}
 
 
 def _spread_slots(requests: int, adapters: int) -> tuple[int, ...]:

@@ -6,11 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
 from sim import workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from backend.profile import Profile
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,10 +28,16 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
     run.add_argument("--out", type=Path, help="the run directory to make (default: a new one under runs/)")
     measure = verbs.add_parser("measure", help="measure step and load costs on a device and write a profile")
-    measure.add_argument("--geometry", required=True, help="a shipped geometry or a Hugging Face config.json")
+    measure.add_argument("--geometry", help="a shipped geometry or a Hugging Face config.json")
     measure.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     measure.add_argument("--out", type=Path, required=True, help="the profile folder to make")
     measure.add_argument("--quick", action="store_true", help="a coarse grid, for a first look")
+    measure.add_argument(
+        "--refit",
+        type=Path,
+        metavar="DIR",
+        help="fit the steps again that lie in a profile folder; nothing is executed",
+    )
     logs = measure.add_argument_group("from another engine's logs, with nothing executed")
     logs.add_argument(
         "--from-steps", type=Path, nargs="+", metavar="FILE", help="its step logs and timing tables (CSV)"
@@ -77,8 +87,30 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
+    profile = _refitted(args) if args.refit else _measured(args)
+    facts = profile.accuracy
+    print(f"held-out steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
+    if facts["spread"]:
+        print(f"repeats of one step: p10 to p90 {facts['spread']:.2%} apart (median)")
+    by_regime = profile.meta.get("accuracy_by_regime")
+    for name, part in by_regime.items() if isinstance(by_regime, dict) else ():
+        print(f"  {name}: {part['steps']}, MAPE {part['mape']:.2%}, p95 {part['p95']:.2%}")
+    print(args.out)
+
+
+def _refitted(args: argparse.Namespace) -> Profile:
+    from backend.measure import refit_profile
+
+    if args.geometry or args.from_steps or args.quick:
+        raise BackendError("--refit takes only --out beside it: everything else stands in the profile folder")
+    return refit_profile(args.refit, args.out)
+
+
+def _measured(args: argparse.Namespace) -> Profile:
     from backend.geometry import load_geometry
 
+    if args.geometry is None:
+        raise BackendError("measure needs --geometry, a shipped geometry or a Hugging Face config.json")
     geometry = load_geometry(args.geometry)
     if args.from_steps:
         from backend.from_steps import profile_from_steps
@@ -91,7 +123,7 @@ def _measure(args: argparse.Namespace) -> None:
                 )
         if args.bandwidth_gb_s is not None and not args.bandwidth_gb_s > 0:
             raise BackendError(f"--bandwidth-gb-s is {args.bandwidth_gb_s}, must be > 0")
-        profile = profile_from_steps(
+        return profile_from_steps(
             args.from_steps,
             args.hold_out,
             geometry=geometry,
@@ -99,16 +131,9 @@ def _measure(args: argparse.Namespace) -> None:
             out=args.out,
             **needed,
         )
-    else:
-        from backend.measure import measure_profile
+    from backend.measure import measure_profile
 
-        profile = measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
-    facts = profile.accuracy
-    print(f"held-out steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
-    by_regime = profile.meta.get("accuracy_by_regime")
-    for name, part in by_regime.items() if isinstance(by_regime, dict) else ():
-        print(f"  {name}: {part['steps']}, MAPE {part['mape']:.2%}, p95 {part['p95']:.2%}")
-    print(args.out)
+    return measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
 
 
 def _curve(args: argparse.Namespace) -> None:

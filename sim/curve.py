@@ -15,6 +15,7 @@ import pandas as pd
 
 from backend.base import NO_SLOT, StepBatch
 from backend.features import StepFeatures
+from backend.fitting import with_features
 from backend.geometry import ModelGeometry, load_geometry
 from backend.profile import Profile, load_profile, measured_steps
 from sim.errors import ScenarioError
@@ -116,7 +117,7 @@ def measured_points(profile: str, batch: int, rank: int, context: int) -> pd.Dat
     empty = pd.DataFrame({"adapters": [], "step_ms": []})
     if file is None:
         return empty
-    steps = pd.read_parquet(file)
+    steps = with_features(pd.read_parquet(file))
     steps = steps[steps["decode_only"] & (steps["requests"] == batch) & (steps["kind"] != "held_out")]
     same_rank = steps["rank_sum"] == rank * steps["active_adapters"]
     near = (steps["kv_tokens"] / batch).between(0.8 * context, 1.25 * context)

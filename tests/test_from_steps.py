@@ -13,6 +13,7 @@ import pytest
 from backend.base import StepBatch
 from backend.errors import BackendError
 from backend.features import StepFeatures
+from backend.fitting import with_features
 from backend.from_steps import profile_from_steps
 from backend.geometry import load_geometry
 from backend.profile import Profile, load_profile, measured_steps
@@ -98,9 +99,8 @@ def test_a_longer_context_costs_its_bytes(tmp_path: Path) -> None:
 
 
 def test_a_step_log_is_put_together_again(tmp_path: Path) -> None:
-    steps = read_steps([write_log(tmp_path)], 16, "log")
+    steps = with_features(read_steps([write_log(tmp_path)], 16, "log"))
     assert steps["rows"].tolist() == [512, 92, 1]  # the step with an activation is left out
-    assert steps["samples"].tolist() == [0, 2, 1]
     assert steps["lora_rows"].tolist() == [512, 88, 1]
     assert steps["decode_only"].tolist() == [False, False, True]
     assert steps["kv_tokens"].tolist() == [0, 0, 602]
