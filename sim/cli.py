@@ -113,7 +113,7 @@ def _report(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from sim.scenario import load_scenario
     from sim.sweep import parse_sets, sweep
-    from sim.sweep_plots import sweep_figures
+    from sim.sweep_plots import sweep_caption, sweep_figures
     from sim.verdict import THROUGHPUT, TPOT, TTFT, verdicts
 
     sets = parse_sets(args.set)
@@ -132,10 +132,7 @@ def _sweep(args: argparse.Namespace) -> None:
         print(f"refused: {message}")
     for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
         print(sentence)
-    ok = results[results["status"] == "ok"].iloc[0]
-    error = f", profile MAPE {ok['profile_mape']:.1%}" if "profile_mape" in results else ""
-    runs = "seed " + ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    sweep_figures(results, list(sets), f"{Path(args.scenario).stem}, {ok['backend']}{error}, {runs}", args.out)
+    sweep_figures(results, list(sets), sweep_caption(results, Path(args.scenario).stem), args.out)
     print(args.out)
 
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PARTS = (
-    ("base_ms", "base model, read once", "#bbbbbb", ""),
+    ("base_ms", "base model, read once", "#cccccc", ""),
     ("attention_ms", "attention", GREEN, "//"),
     ("lora_ms", "LoRA", ORANGE, ".."),
     ("shrink_ms", "LoRA shrink", ORANGE, ".."),
     ("expand_ms", "LoRA expand", "#F0E442", "oo"),
-    ("host_ms", "host", "#56B4E9", "\\\\"),
+    ("host_ms", "host", "#004B75", "\\\\"),
 )
 LINES = (
     ("padded_step_ms", "padded to max_lora_rank", BLUE, ":"),
