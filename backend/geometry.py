@@ -101,6 +101,16 @@ class ModelGeometry:
         return rank * self.num_layers * self.dtype_bytes * sum(sum(linears[m]) for m in chosen)
 
 
+def floor_bytes(geometry: ModelGeometry, batch: int, adapters: int, rank: int, context: int) -> int:
+    """Bytes that a decode step must read at least once: weights, the batch's keys and values, each adapter.
+
+    Of an embedding table of its own a step reads one row a request, so the table is left out.
+    """
+    table = 0 if geometry.tie_word_embeddings else geometry.vocab_size * geometry.hidden_size * geometry.dtype_bytes
+    kv = batch * (context + 1) * geometry.kv_bytes_per_token
+    return geometry.weights_bytes - table + kv + adapters * geometry.lora_bytes(rank)
+
+
 SHIPPED: Mapping[str, ModelGeometry] = {
     g.name: g
     for g in (

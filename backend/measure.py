@@ -40,7 +40,9 @@ def measuring_limits(device: str) -> EngineLimits:
 
 
 def device_bytes(device: str) -> int:
-    """Memory of the device; the CPU counts as one with 2 GiB, enough for its small geometry."""
+    """Memory of the device; the CPU counts as one with 2 GiB, enough for its small geometry. Raises `BackendError`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device cuda: torch sees no CUDA device here")
     return int(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 2 << 30
 
 

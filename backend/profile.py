@@ -69,9 +69,18 @@ def shipped_profiles() -> list[str]:
 
 def measured_steps(name_or_path: str) -> Path | None:
     """The Parquet file of a profile's measured steps; None if it has none."""
+    return _table(name_or_path, "steps")
+
+
+def measured_parts(name_or_path: str) -> Path | None:
+    """The Parquet file of the parts of a step (`backend/parts.py`) measured beside a profile; None if it has none."""
+    return _table(name_or_path, "parts")
+
+
+def _table(name_or_path: str, table: str) -> Path | None:
     shipped = name_or_path in shipped_profiles()
     folder = Path(str(files("backend") / "profiles" / name_or_path)) if shipped else Path(name_or_path)
-    file = folder / "steps.parquet"
+    file = folder / f"{table}.parquet"
     return file if file.is_file() else None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
-from sim import workload_cli
+from sim import curve_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -59,15 +59,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--executor", choices=("local", "ray"), default="local")
     sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")
-    curve = verbs.add_parser("curve", help="what a decode step and a million tokens cost with N adapters in the batch")
-    curve.add_argument("--profile", nargs="+", required=True, help="shipped profiles or profile folders")
-    curve.add_argument("--batch", type=int, nargs="+", default=[32, 128], help="requests in the batch")
-    curve.add_argument("--rank", type=int, nargs="+", default=[16], help="rank of the adapters")
-    curve.add_argument("--context", type=int, default=512, help="keys per request (default 512)")
-    curve.add_argument("--max-lora-rank", type=int, help="show also the step with every adapter padded to this rank")
-    curve.add_argument("--gpu-hour-usd", type=float, help="price of a GPU hour, for USD instead of GPU seconds")
-    curve.add_argument("--bandwidth-gb-s", type=float, help="memory bandwidth as measured, for the byte floor")
-    curve.add_argument("--out", type=Path, help="the directory to make (default: a new one under runs/)")
+    curve_cli.add_verb(verbs)
     report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
     report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
     workload_cli.add_verbs(verbs)
@@ -136,33 +128,6 @@ def _measured(args: argparse.Namespace) -> Profile:
     return measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
 
 
-def _curve(args: argparse.Namespace) -> None:
-    from backend.profile import load_profile
-    from sim import run_dir
-    from sim.curve import curve, measured_points
-    from sim.curve_plots import curve_figure
-
-    out = run_dir.choose("curve", args.out)
-    prices = {"gpu_hour_usd": args.gpu_hour_usd, "bandwidth_gb_s": args.bandwidth_gb_s}
-    for flag, value in prices.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ScenarioError(f"--{flag.replace('_', '-')} is {value}, must be finite and > 0")
-    costs = curve(args.profile, args.batch, args.rank, context=args.context, max_lora_rank=args.max_lora_rank, **prices)
-    keys = [(p, b, r) for p in args.profile for b in args.batch for r in args.rank]
-    points = {key: measured_points(*key, args.context) for key in keys}
-    errors = ", ".join(f"{name} MAPE {load_profile(name).accuracy['mape']:.1%}" for name in args.profile)
-
-    def fill(folder: Path) -> None:
-        costs.to_parquet(folder / "curve.parquet", index=False)
-        for suffix in ("png", "svg"):
-            curve_figure(costs, points, f"decode, {args.context} keys a request; {errors}", folder / f"curve.{suffix}")
-
-    run_dir.publish(out, fill)
-    shown = costs.drop(columns=["context"]).dropna(axis=1, how="all")
-    print(shown.to_string(index=False, float_format=lambda v: f"{v:.3g}" if v < 100 else f"{v:.0f}"))
-    print(out)
-
-
 def _report(args: argparse.Namespace) -> None:
     from sim.report import report
 
@@ -173,7 +138,7 @@ def _report(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from sim.scenario import load_scenario
     from sim.sweep import parse_sets, sweep
-    from sim.sweep_plots import sweep_figures
+    from sim.sweep_plots import sweep_caption, sweep_figures
     from sim.verdict import THROUGHPUT, TPOT, TTFT, verdicts
 
     sets = parse_sets(args.set)
@@ -192,10 +157,7 @@ def _sweep(args: argparse.Namespace) -> None:
         print(f"refused: {message}")
     for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
         print(sentence)
-    ok = results[results["status"] == "ok"].iloc[0]
-    error = f", profile MAPE {ok['profile_mape']:.1%}" if "profile_mape" in results else ""
-    runs = "seed " + ", ".join(str(seed) for seed in sorted(results["seed"].unique()))
-    sweep_figures(results, list(sets), f"{Path(args.scenario).stem}, {ok['backend']}{error}, {runs}", args.out)
+    sweep_figures(results, list(sets), sweep_caption(results, Path(args.scenario).stem), args.out)
     print(args.out)
 
 
@@ -243,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "run": _run,
             "measure": _measure,
             "sweep": _sweep,
-            "curve": _curve,
+            "curve": curve_cli.run,
             "report": _report,
             "workload": workload_cli.run,
         }[args.verb](args)

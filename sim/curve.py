@@ -6,7 +6,7 @@ requests. From a profile's predictor, beside the points that were measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 from backend.base import NO_SLOT, StepBatch
 from backend.features import StepFeatures
 from backend.fitting import with_features
-from backend.geometry import ModelGeometry, load_geometry
+from backend.geometry import ModelGeometry, floor_bytes, load_geometry
 from backend.profile import Profile, load_profile, measured_steps
 from sim.errors import ScenarioError
 
@@ -29,12 +29,6 @@ def decode_features(batch: int, adapters: int, rank: int, context: int) -> StepF
     slots = tuple(i % adapters if adapters else NO_SLOT for i in range(batch))
     step = StepBatch((1,) * batch, (context,) * batch, slots, (True,) * batch)
     return StepFeatures.of(step, dict.fromkeys(range(adapters), rank))
-
-
-def floor_bytes(geometry: ModelGeometry, batch: int, adapters: int, rank: int, context: int) -> int:
-    """Bytes that a decode step must read at least once: weights, the batch's keys and values, each adapter."""
-    kv = batch * (context + 1) * geometry.kv_bytes_per_token
-    return geometry.weights_bytes + kv + adapters * geometry.lora_bytes(rank)
 
 
 def curve(
@@ -51,12 +45,12 @@ def curve(
     """One row per profile, batch, rank and number of distinct adapters up to the batch.
 
     `step_ms` = `base_ms` + `attention_ms` + `lora_ms` + `host_ms`; `padded_step_ms`: the same with every adapter padded to
-    `max_lora_rank`; `floor_ms`: `floor_bytes` at `bandwidth_gb_s`; `gpu_s_per_mtok`, `copies_gpu_s_per_mtok`: GPU seconds
-    per million output tokens of the deltas, and of full copies; `usd_per_mtok`, `copies_usd_per_mtok` at `gpu_hour_usd`;
-    `extrapolated`: outside what the profile measured. Columns without their input are empty.
+    `max_lora_rank`; `copies_ms`: a token for every request from full copies, one copy after the other; `floor_ms`:
+    `floor_bytes` at `bandwidth_gb_s`; `gpu_s_per_mtok`, `copies_gpu_s_per_mtok`: GPU seconds per million output tokens of
+    the deltas, and of full copies; `usd_per_mtok`, `copies_usd_per_mtok` at `gpu_hour_usd`; `extrapolated`: outside what
+    the profile measured. Columns without their input are empty.
     """
-    if min(batches) < 1 or min(ranks) < 8 or context < 1 or min(adapters) < 0:
-        raise ScenarioError("a curve needs batches >= 1, ranks >= 8, context >= 1 and adapters >= 0")
+    check_curve(batches, ranks, context, max_lora_rank)
     rows = []
     for name in profiles:
         profile = load_profile(name)
@@ -67,6 +61,17 @@ def curve(
                     point = _Point(profile, geometry, batch, rank, count, context)
                     rows.append({"profile": name, **point.row(max_lora_rank, gpu_hour_usd, bandwidth_gb_s)})
     return pd.DataFrame(rows)
+
+
+def check_curve(batches: Sequence[int], ranks: Sequence[int], context: int, max_lora_rank: int | None) -> None:
+    """Raise `ScenarioError` for what no curve can be of."""
+    if min(batches) < 1 or context < 1:
+        raise ScenarioError("a curve needs batches >= 1 and context >= 1")
+    for rank in (*ranks, *(() if max_lora_rank is None else (max_lora_rank,))):
+        if not (8 <= rank <= 256 and rank % 8 == 0):
+            raise ScenarioError(f"a rank is {rank}, must be a multiple of 8 from 8 to 256")
+    if max_lora_rank is not None and max_lora_rank < max(ranks):
+        raise ScenarioError(f"--max-lora-rank is {max_lora_rank}, an adapter's rank is {max(ranks)}: nothing to pad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +95,39 @@ class _Point:
         parts = self.profile.predictor.parts(features)
         padded = None if max_lora_rank is None else 1e3 * self.step_s(self.batch, self.adapters, max_lora_rank)
         floor = floor_bytes(self.geometry, self.batch, self.adapters, self.rank, self.context)
-        own = (device + host) / self.batch * 1e6
-        copies = self._copies_s() / self.batch * 1e6
-        usd = None if gpu_hour_usd is None else gpu_hour_usd / 3600
-        return {
+        row: dict[str, object] = {
             "batch": self.batch, "rank": self.rank, "adapters": self.adapters, "context": self.context,
             "step_ms": 1e3 * (device + host), **{f"{key}_ms": 1e3 * value for key, value in parts.items()},
-            "host_ms": 1e3 * host, "padded_step_ms": padded,
-            "floor_ms": None if bandwidth_gb_s is None else floor / bandwidth_gb_s / 1e6,
-            "gpu_s_per_mtok": own, "copies_gpu_s_per_mtok": copies,
-            "usd_per_mtok": None if usd is None else usd * own,
-            "copies_usd_per_mtok": None if usd is None else usd * copies, "extrapolated": outside,
+            "host_ms": 1e3 * host, "padded_step_ms": padded, "copies_ms": 1e3 * self._copies_s(),
+            "floor_ms": None if bandwidth_gb_s is None else floor / bandwidth_gb_s / 1e6, "extrapolated": outside,
         }  # fmt: skip
+        return row | prices(row, gpu_hour_usd)
 
     def _copies_s(self) -> float:
         """GPU seconds of one token for every request of the batch, from as many full copies as there are adapters."""
-        copies = max(1, self.adapters)
-        share, more = divmod(self.batch, copies)
-        steps = [(copies - more, share), (more, share + 1)]
-        return sum(count * self.step_s(size, 0, self.rank) for count, size in steps if count and size)
+        shares = copy_shares(self.batch, self.adapters)
+        return sum(count * self.step_s(size, 0, self.rank) for count, size in shares)
+
+
+def prices(row: Mapping[str, object], gpu_hour_usd: float | None) -> dict[str, float | None]:
+    """What a million output tokens cost by a curve's row: GPU seconds, and USD at `gpu_hour_usd`.
+
+    Of the step, and of full copies (`copies_`) and the loop over adapters (`loop_`) where the row has them.
+    """
+    priced: dict[str, float | None] = {}
+    for prefix, column in (("", "step_ms"), ("copies_", "copies_ms"), ("loop_", "loop_step_ms")):
+        if column in row:
+            seconds = float(str(row[column])) * 1e3 / int(str(row["batch"]))
+            priced[f"{prefix}gpu_s_per_mtok"] = seconds
+            priced[f"{prefix}usd_per_mtok"] = None if gpu_hour_usd is None else seconds * gpu_hour_usd / 3600
+    return priced
+
+
+def copy_shares(batch: int, adapters: int) -> list[tuple[int, int]]:
+    """(copies, requests of each) where as many full copies as adapters, at least one, share a batch."""
+    copies = max(1, adapters)
+    share, more = divmod(batch, copies)
+    return [(count, size) for count, size in ((copies - more, share), (more, share + 1)) if count and size]
 
 
 def measured_points(profile: str, batch: int, rank: int, context: int) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,25 @@ from sim.plots import BLUE, GREEN, ORANGE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PARTS = (("base_ms", "base model", "#bbbbbb", ""), ("attention_ms", "attention", GREEN, "//"),
-         ("lora_ms", "LoRA", ORANGE, ".."), ("host_ms", "host", "#56B4E9", "\\\\"))  # fmt: skip
+PARTS = (
+    ("base_ms", "base model, read once", "#cccccc", ""),
+    ("attention_ms", "attention", GREEN, "//"),
+    ("lora_ms", "LoRA", ORANGE, ".."),
+    ("shrink_ms", "LoRA shrink", ORANGE, ".."),
+    ("expand_ms", "LoRA expand", "#F0E442", "oo"),
+    ("host_ms", "host", "#004B75", "\\\\"),
+)
+LINES = (
+    ("padded_step_ms", "padded to max_lora_rank", BLUE, ":"),
+    ("floor_ms", "byte floor", "black", "--"),
+    ("loop_step_ms", "loop, a matmul pair per adapter", "#CC79A7", (0, (5, 1, 1, 1, 1, 1))),
+    ("copies_ms", "N full copies, one after the other", "#D55E00", "-."),
+)
+PRICES = (
+    ("", "base + N deltas on one GPU", BLUE, "-", "o"),
+    ("copies_", "N full copies, a GPU each", ORANGE, "--", "s"),
+    ("loop_", "base + loop over adapters", "#CC79A7", "-.", "^"),
+)
 MOST_PANELS = 6
 
 
@@ -25,7 +43,8 @@ def curve_figure(
 ) -> None:
     """A panel of step time and one of GPU seconds per million tokens for each profile, batch and rank (the first six).
 
-    `points`: measured ones by (profile, batch, rank). PNG or SVG by the file's name.
+    `points`: measured ones by (profile, batch, rank). What a row of `table` does not have is not drawn. PNG or SVG by the
+    file's name.
     """
     import matplotlib as mpl
 
@@ -33,51 +52,64 @@ def curve_figure(
     from matplotlib import pyplot as plt
 
     groups = list(table.groupby(["profile", "batch", "rank"], sort=False))[:MOST_PANELS]
-    figure, axes = plt.subplots(2, len(groups), figsize=(4.5 * len(groups), 8), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(groups), figsize=(4.8 * len(groups), 8.5), constrained_layout=True, squeeze=False, sharey="row"
+    )
+    # What costs many times the step leaves the frame: on its scale nothing else could be read.
+    top = 1.4 * float(table["step_ms"].max())
     for column, (_, group) in enumerate(groups):
         profile, batch, rank = str(group["profile"].iloc[0]), int(group["batch"].iloc[0]), int(group["rank"].iloc[0])
-        _step_panel(axes[0, column], group, points.get((profile, batch, rank)))
+        _step_panel(axes[0, column], group, points.get((profile, batch, rank)), top)
         axes[0, column].set_title(f"{profile}\n{batch} requests, rank {rank}", fontsize=9)
         _price_panel(axes[1, column], group)
-    figure.suptitle(caption, fontsize=9)
+    handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 + len(groups), fontsize=8)
+    figure.suptitle(textwrap.fill(caption, 60 * len(groups)), fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-def _step_panel(axis: Axes, group: pd.DataFrame, points: pd.DataFrame | None) -> None:
+def _there(group: pd.DataFrame, column: str) -> bool:
+    return column in group and bool(group[column].notna().any())
+
+
+def _step_panel(axis: Axes, group: pd.DataFrame, points: pd.DataFrame | None, top: float) -> None:
     x = group["adapters"].to_numpy(float)
     bottom = np.zeros(len(x))
     for name, label, colour, hatch in PARTS:
-        top = bottom + group[name].to_numpy()
-        axis.fill_between(
-            x, bottom, top, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label, alpha=0.8
-        )
-        bottom = top
-    axis.plot(x, group["step_ms"], color=BLUE, label="step")
-    if group["padded_step_ms"].notna().any():
-        axis.plot(x, group["padded_step_ms"], color=BLUE, linestyle=":", label="padded to max_lora_rank")
-    if group["floor_ms"].notna().any():
-        axis.plot(x, group["floor_ms"], color="black", linestyle="--", label="byte floor")
+        if _there(group, name):
+            above = bottom + group[name].to_numpy()
+            axis.fill_between(
+                x, bottom, above, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label, alpha=0.8
+            )
+            bottom = above
+    axis.plot(x, group["step_ms"], color=BLUE, label="step", linewidth=2)
+    for name, label, colour, style in LINES:
+        if _there(group, name):
+            axis.plot(x, group[name], color=colour, linestyle=style, label=label)
+    outside = group.loc[group["extrapolated"].astype(bool), "adapters"]
+    if len(outside):
+        axis.axvspan(float(outside.min()), 2 * x[-1], color="black", alpha=0.07, label="outside what was measured")
     if points is not None and len(points):
         axis.plot(points["adapters"], points["step_ms"], "o", color="black", markersize=4, label="measured")
     if len(x) >= 3:
         s = shape(x, group["step_ms"].to_numpy())
-        text = (
-            f"step {s.step_ms:.2f} ms, flat to {s.knee:g},\nthen {1e3 * s.slope_ms:.0f} µs an adapter (±{s.error:.1%})"
+        text = f"step {s.step_ms:.2f} ms, plateau to {s.knee:g},\nslope {1e3 * s.slope_ms:.0f} µs an adapter (±{s.error:.1%})"
+        axis.text(
+            0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7, bbox={"color": "white", "alpha": 0.8}
         )
-        axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7)
-    axis.set(xlabel="distinct adapters in the batch", ylabel="decode step (ms)", ylim=(0, None))
+    axis.set(xlabel="distinct adapters in the batch", ylabel="decode step (ms)", ylim=(0, top))
     _powers(axis, x)
-    axis.legend(fontsize=6, framealpha=0.9, loc="lower right")
     axis.grid(visible=True, alpha=0.3)
 
 
 def _price_panel(axis: Axes, group: pd.DataFrame) -> None:
     x = group["adapters"].to_numpy(float)
-    usd = group["usd_per_mtok"].notna().any()
-    own, copies = ("usd_per_mtok", "copies_usd_per_mtok") if usd else ("gpu_s_per_mtok", "copies_gpu_s_per_mtok")
-    axis.plot(x, group[own], color=BLUE, marker="o", label="base + N deltas on one GPU")
-    axis.plot(x, group[copies], color=ORANGE, marker="s", linestyle="--", label="N full copies, a GPU each")
+    usd = _there(group, "usd_per_mtok")
+    for prefix, label, colour, style, marker in PRICES:
+        column = f"{prefix}{'usd' if usd else 'gpu_s'}_per_mtok"
+        if _there(group, column):
+            axis.plot(x, group[column], color=colour, marker=marker, linestyle=style, markersize=4, label=label)
     axis.set(
         xlabel="distinct adapters", ylabel=f"{'USD' if usd else 'GPU seconds'} per million output tokens", yscale="log"
     )

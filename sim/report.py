@@ -117,16 +117,15 @@ def _short(summary: dict[str, object]) -> list[tuple[str, ...]]:
 
 def _sweep_page(folder: Path) -> str:
     from sim.scenario import from_tables
-    from sim.sweep_plots import sweep_figures
+    from sim.sweep_plots import sweep_caption, sweep_figures
     from sim.verdict import THROUGHPUT, TPOT, TTFT, verdicts
 
     spec = tomllib.loads((folder / "sweep.toml").read_text(encoding="utf-8"))
     results = pd.read_parquet(folder / "results.parquet")
     keys = list(spec["set"])
     scenario = from_tables(spec["scenario"], folder.name, folder)
-    served = results[results["status"] == "ok"].iloc[0]
-    title = f"{folder.name}: {', '.join(keys)} on {served['backend']}"
-    caption = title + _profile({str(key): value for key, value in served.items()})
+    title = f"{folder.name}: {', '.join(keys)}"
+    caption = sweep_caption(results, folder.name)
     sweep_figures(results, keys, caption, folder)
     drawings = [
         file.read_text(encoding="utf-8") for file in (folder / "lines.svg", folder / "heat_maps.svg") if file.is_file()

@@ -87,7 +87,8 @@ def run_scenario(
     )
     target = run_dir.choose(scenario.name, out)
     tables, summary, notes = execute(scenario, progress=sys.stderr.isatty())
-    caption = f"{scenario.name}, {summary['backend']}, seed {scenario.seed}"
+    error = f", profile MAPE {summary['profile_mape']:.1%}" if "profile_mape" in summary else ""
+    caption = f"{scenario.name}, {summary['backend']}{error}, seed {scenario.seed}"
     run_dir.write(target, scenario, tables, summary, caption)
     return RunResult(tables, summary, notes, target)
 

@@ -56,10 +56,20 @@ def parse_sets(texts: Iterable[str]) -> dict[str, list[object]]:
             raise ScenarioError(f"--set {text}: must be TABLE.KEY=VALUE,VALUE,… such as engine.max_loras=1,2,4")
         if key in sets:
             raise ScenarioError(f"--set {key}: given twice; put all its values into one")
-        sets[key] = [_value(value.strip()) for value in values.split(",")]
+        if key == "run.seed":
+            raise ScenarioError("--set run.seed: seeds are counted by --seeds, from the scenario's own on")
+        sets[key] = _values(values)
         if len({json.dumps(value) for value in sets[key]}) < len(sets[key]):
             raise ScenarioError(f"--set {text}: a value comes twice")
     return sets
+
+
+def _values(text: str) -> list[object]:
+    """`1,[8, 16],"a, b"` as the items of a TOML array; where that is no TOML, text between commas."""
+    try:
+        return list(tomllib.loads(f"values = [{text}]")["values"])
+    except tomllib.TOMLDecodeError:
+        return [_value(value.strip()) for value in text.split(",")]
 
 
 def _value(text: str) -> object:
@@ -91,13 +101,18 @@ def with_settings(tables: Tables, point: Point) -> Tables:
 
 def run_point(tables: Tables, name: str, base_dir: Path, point: Point) -> Tables:
     """The row of one run: settings, seed, `status` (ok, or refused with `error`: it cannot be served), and the summary."""
-    row: Tables = {**dict(point.settings), "seed": point.seed}
+    row: Tables = {key: _cell(value) for key, value in point.settings} | {"seed": point.seed}
     try:
         _, summary, _ = execute(from_tables(with_settings(tables, point), name, base_dir))
     except (ScenarioError, WorkloadError, BackendError) as error:
         return row | {"status": "refused", "error": str(error)}
     kept = {key: value for key, value in summary.items() if key not in ("scenario", "seed", *row)}
     return row | {"status": "ok", "error": None} | kept
+
+
+def _cell(value: object) -> object:
+    """A setting as a column holds it: arrays and tables as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 class Store:
@@ -139,13 +154,12 @@ def _runs(
     live = scenario.backend == "cuda"
     options: dict[str, object] = {}
     if executor == "ray":
-        from ray.util.joblib import register_ray
-
-        register_ray()  # type: ignore[no-untyped-call]
-        options = {"backend": "ray", "ray_remote_args": {"num_gpus": 1}} if live else {"backend": "ray"}
+        jobs, options = _ray_options(jobs, live)
+    elif live:
+        jobs = 1
     task = joblib.delayed(_named)
     runs = [task(tables, scenario.name, scenario.base_dir, point) for point in points]
-    with joblib.parallel_config(n_jobs=1 if live and executor == "local" else jobs, **options):
+    with joblib.parallel_config(n_jobs=jobs, **options):
         if executor == "local":
             yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(runs)
             return
@@ -153,6 +167,24 @@ def _runs(
         size = 2 * joblib.effective_n_jobs()
         for first in range(0, len(runs), size):
             yield from joblib.Parallel(batch_size=1)(runs[first : first + size])
+
+
+def _ray_options(jobs: int, live: bool) -> tuple[int, dict[str, object]]:
+    """Processes on the Ray cluster and how to get them. Each asks for a GPU if `live`: more than there are would wait."""
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise ScenarioError("--executor ray: Ray is not installed; pip install 'multilora-sim[ray]'") from error
+    register_ray()  # type: ignore[no-untyped-call]
+    if not live:
+        return jobs, {"backend": "ray"}
+    if not ray.is_initialized():
+        ray.init()
+    gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    if not gpus:
+        raise ScenarioError("--executor ray: this Ray cluster has no GPU, and live runs take one each")
+    return gpus if jobs < 0 else min(jobs, gpus), {"backend": "ray", "ray_remote_args": {"num_gpus": 1}}
 
 
 def _named(tables: Tables, name: str, base_dir: Path, point: Point) -> tuple[Point, Tables]:
@@ -181,6 +213,11 @@ def sweep(
     if backend is not None:
         tables = with_settings(tables, Point((("backend.kind", backend),), 0)) | {"run": tables.get("run", {})}
     base = from_tables(tables, path.stem, path.parent.absolute())
+    if base.backend == "cuda" and executor == "local":
+        # Told now: rows of a machine without a GPU would be kept as refused.
+        from backend.measure import device_bytes
+
+        device_bytes("cuda")
     points = grid(sets, [base.seed + i for i in range(seeds)])
     spec: Tables = {"scenario": tables, "set": dict(sets), "seeds": seeds}
     store = Store(out, spec)

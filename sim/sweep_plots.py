@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from sim.plots import BLUE, GREEN, ORANGE
 from sim.verdict import THROUGHPUT, TPOT, TTFT, swept_key
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+
+FloatArray = npt.NDArray[np.float64]
 
 MEASURES = {
     THROUGHPUT: "output tokens / s",
@@ -19,7 +27,19 @@ MEASURES = {
     "adapter_hit_rate": "adapter hit rate",
 }
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))
+MOST_NUMBERS = 80
+"""Cells of a heat map up to which each has its number."""
+
 COLOURS = (BLUE, ORANGE, GREEN, "#000000", "#CC79A7", "#56B4E9")
+
+
+def sweep_caption(results: pd.DataFrame, name: str) -> str:
+    """Of what the figures are: scenario, backend, the profile's error, seeds."""
+    served = results[results["status"] == "ok"].iloc[0]
+    error = f", profile MAPE {served['profile_mape']:.1%} on held-out steps" if "profile_mape" in results else ""
+    return (
+        f"{name}, {served['backend']}{error}, seed {', '.join(str(seed) for seed in sorted(results['seed'].unique()))}"
+    )
 
 
 def sweep_figures(results: pd.DataFrame, keys: Sequence[str], caption: str, folder: Path) -> list[Path]:
@@ -86,14 +106,15 @@ def _scale(axis: object, served: pd.DataFrame, key: str, measure: str) -> None:
 
 def _heat_maps(served: pd.DataFrame, key: str, other: str, caption: str) -> object:
     from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
     for axis, (measure, label) in zip(axes.flat, MEASURES.items(), strict=False):
         table = served.pivot_table(index=other, columns=key, values=measure).sort_index()
         low, high = np.nanmin(table.to_numpy()), np.nanmax(table.to_numpy())
-        norm = LogNorm(low, high) if low > 0 and high >= 10 * low else None
+        norm = LogNorm(low, high) if low > 0 and high >= 10 * low else Normalize(low, high)
         image = axis.imshow(table, origin="lower", aspect="auto", cmap="cividis", norm=norm)
+        _numbers(axis, table.to_numpy(float), norm)
         axis.set_xticks(range(len(table.columns)), [f"{v:g}" for v in table.columns])
         axis.set_yticks(range(len(table.index)), [f"{v:g}" for v in table.index])
         axis.set(xlabel=key, ylabel=other, title=label)
@@ -101,3 +122,15 @@ def _heat_maps(served: pd.DataFrame, key: str, other: str, caption: str) -> obje
     axes.flat[-1].axis("off")
     figure.suptitle(caption, fontsize=9)
     return figure
+
+
+def _numbers(axis: Axes, values: FloatArray, norm: Normalize) -> None:
+    """Each cell's value, dark on light and light on dark."""
+    if values.size > MOST_NUMBERS:
+        return
+    light = np.ma.filled(np.ma.asarray(norm(values)), 0.0) > 0.55
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            text = f"{value:.3g}" if abs(value) < 1000 else f"{value / 1000:.3g}k"
+            shade = "black" if light[row, column] else "white"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=shade)

@@ -56,7 +56,7 @@ def _facts(key: str, value: float, means: pd.DataFrame) -> str:
 
 
 def _missed(key: str, best: float, means: pd.DataFrame) -> str:
-    """What half and twice the best value give, or the values of the grid that are next to them."""
+    """What half and twice the best value give, or the values of the grid that are next beyond; and what nobody tried."""
     text = ""
     for word, candidates in (
         ("half", means.index[means.index <= best / 2][::-1]),
@@ -64,4 +64,6 @@ def _missed(key: str, best: float, means: pd.DataFrame) -> str:
     ):
         if len(candidates):
             text += f" About {word} of it: {_facts(key, candidates[0], means)}."
+        else:
+            text += f" {word.capitalize()} of it was not tried."
     return text

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.geometry import load_geometry
+from backend.geometry import floor_bytes, load_geometry
 from backend.profile import load_profile
 from sim.cli import main
-from sim.curve import curve, decode_features, floor_bytes, measured_points, shape
+from sim.curve import curve, decode_features, measured_points, shape
 from sim.errors import ScenarioError
 
 PROFILE = "h100-llama-3.1-8b"
@@ -41,7 +41,10 @@ def test_copies_pay_for_the_base_each() -> None:
     assert row["padded_step_ms"] > row["step_ms"]
     geometry = load_geometry("llama-3.1-8b")
     floor = floor_bytes(geometry, 32, 4, 16, 512)
-    assert floor == geometry.weights_bytes + 32 * 513 * geometry.kv_bytes_per_token + 4 * geometry.lora_bytes(16)
+    table = 128256 * 4096 * 2
+    assert floor == geometry.weights_bytes - table + 32 * 513 * geometry.kv_bytes_per_token + 4 * geometry.lora_bytes(
+        16
+    )
     assert row["floor_ms"] == pytest.approx(floor / 3000e9 * 1e3)
     assert row["floor_ms"] < row["step_ms"]
 
@@ -81,6 +84,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "c" / "curve.png").stat().st_size > 20_000
     for more, says in (
         (["--batch", "0"], "batches >= 1"),
+        (["--rank", "9"], "a rank is 9, must be a multiple of 8"),
         (["--gpu-hour-usd", "-1"], "--gpu-hour-usd is -1.0, must be finite and > 0"),
         (["--profile", "none"], "profile none: neither"),
     ):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from test_sweep import SCENARIO as SWEEP_SCENARIO
 from worlds import WorldBackend
 
 import sim.run
@@ -117,3 +123,29 @@ def test_what_a_killed_run_left_is_replaced(scenario: Path, tmp_path: Path) -> N
     run_scenario(scenario, out=tmp_path / "run")
     assert {f.name for f in (tmp_path / "run").iterdir()} == FILES
     assert not (tmp_path / ".run.partial").exists()
+
+
+def test_a_killed_run_leaves_nothing_that_looks_like_one(tmp_path: Path) -> None:
+    """kill -9 at random moments, some while its files are written; then the same command leaves a whole directory."""
+    (tmp_path / "s.toml").write_text(SWEEP_SCENARIO)
+    out, partial = tmp_path / "run", tmp_path / ".run.partial"
+    command = [sys.executable, "-m", "sim.cli", "run", str(tmp_path / "s.toml"), "--out", str(out)]
+    rng, while_writing = np.random.default_rng(0), 0
+    for attempt in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if attempt % 2:
+            while process.poll() is None and not partial.exists():
+                time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.3 if attempt % 2 else 3.0))
+        process.kill()
+        process.wait()
+        if out.exists():
+            assert {file.name for file in out.iterdir()} == FILES
+            shutil.rmtree(out)
+        while_writing += partial.exists()
+    assert while_writing
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert {file.name for file in out.iterdir()} == FILES
+    assert not partial.exists()
+    requests = pd.read_parquet(out / "requests.parquet")
+    assert len(requests) == json.loads((out / "summary.json").read_text())["requests"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from sim.cli import main
 from sim.errors import ScenarioError
@@ -54,6 +56,13 @@ def test_sets_are_toml_values_or_texts() -> None:
         "engine.scheduling_policy": ["fcfs", "sjf"],
         "engine.watermark": [0.5],
     }
+    assert parse_sets(
+        ["adapters.ranks=[8, 16],[32]", "adapters.pinned=['a,b'],[]", "engine.lora_loading=blocking,x y"]
+    ) == {
+        "adapters.ranks": [[8, 16], [32]],
+        "adapters.pinned": [["a,b"], []],
+        "engine.lora_loading": ["blocking", "x y"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,8 @@ def test_sets_are_toml_values_or_texts() -> None:
         (["engine.max_loras="], "must be TABLE.KEY=VALUE"),
         (["engine.max_loras=1,1"], "a value comes twice"),
         (["engine.max_loras=1", "engine.max_loras=2"], "given twice"),
+        (["adapters.ranks=[8],[8]"], "a value comes twice"),
+        (["run.seed=1,2"], "seeds are counted by --seeds"),
     ],
 )
 def test_sets_that_cannot_be(texts: list[str], says: str) -> None:
@@ -114,27 +125,42 @@ def test_another_sweep_is_not_taken_up(scenario: Path, tmp_path: Path) -> None:
         sweep(str(scenario), {"engine.max_loras": [4]}, out=tmp_path / "o", jobs=1)
 
 
-def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tmp_path: Path, jobs: int) -> None:
+    """kill -9 of all its processes, just after a row and at any moment, also while it starts."""
     whole = sweep(str(scenario), SETS, out=tmp_path / "whole", seeds=3, jobs=1)
     out = tmp_path / "killed"
     sets = [f"--set={key}={','.join(map(str, values))}" for key, values in SETS.items()]
-    command = [sys.executable, "-m", "sim.cli", "sweep", str(scenario), *sets, "--seeds=3", "--jobs=1", f"--out={out}"]
-    rng, kept = np.random.default_rng(0), {}
-    for _ in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("rows/*.json"))) <= len(kept) and time.monotonic() < deadline:
+    command = [
+        sys.executable,
+        "-m",
+        "sim.cli",
+        "sweep",
+        str(scenario),
+        *sets,
+        "--seeds=3",
+        f"--jobs={jobs}",
+        f"--out={out}",
+    ]
+    rng, kept = np.random.default_rng(jobs), {}
+    for attempt in range(4):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        after_a_row, deadline = attempt % 2 == 0, time.monotonic() + 60
+        while after_a_row and len(list(out.glob("rows/*.json"))) <= len(kept) and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0.0, 0.05))
-        process.send_signal(signal.SIGKILL)
+        time.sleep(rng.uniform(0.0, 0.05 if after_a_row else 2.0))
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         rows = {f.name: (f.stat().st_mtime_ns, json.loads(f.read_text())) for f in out.glob("rows/*.json")}
-        assert len(rows) > len(kept)
+        assert len(rows) > len(kept) or not after_a_row
         assert all(rows[name] == row for name, row in kept.items()), "a finished row was lost or run again"
         kept = rows
-    assert len(kept) < len(whole)
+    assert len(kept) <= len(whole)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert all((out / "rows" / name).stat().st_mtime_ns == at for name, (at, _) in kept.items())
+    assert len(list(out.glob("rows/*.json"))) == len(whole)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet"), whole, check_exact=True)
 
 
@@ -150,6 +176,32 @@ def test_a_sweep_on_a_local_ray(scenario: Path, tmp_path: Path) -> None:
         ray.shutdown()
     here = sweep(str(scenario), {"engine.max_loras": [1, 8]}, out=tmp_path / "here", jobs=1)
     pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+def test_live_runs_on_ray_take_a_gpu_each(scenario: Path, tmp_path: Path) -> None:
+    """A cluster that claims one GPU runs them one by one; that none is really there is what each row says."""
+    ray = pytest.importorskip("ray", reason="ray is not installed (the extra [ray])")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    sets = {"engine.max_loras": [1, 2, 8]}
+    for gpus, says in ((0, "this Ray cluster has no GPU"), (1, "not one of 3 runs can be served; .* no CUDA device")):
+        try:
+            ray.init(num_cpus=2, num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+        except (RuntimeError, OSError, TimeoutError) as error:
+            pytest.skip(f"Ray does not start on this machine: {error}")
+        try:
+            with pytest.raises(ScenarioError, match=says):
+                sweep(str(scenario), sets, out=tmp_path / str(gpus), jobs=-1, executor="ray", backend="cuda")
+        finally:
+            ray.shutdown()
+
+
+def test_arrays_are_settings_too(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--set", "engine.max_loras=1,8", "--set", "adapters.ranks=[8],[8, 16]", "--set", "workload.duration_s=2"]
+    scenario.write_text(SCENARIO.replace("rank = 16", ""))
+    assert main(["sweep", str(scenario), *sets, "--jobs", "1", "--out", str(tmp_path / "o")]) == 0
+    assert "adapters.ranks = [8, 16], workload.duration_s = 2: best: engine.max_loras = " in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "o" / "results.parquet")["adapters.ranks"].unique().tolist() == ["[8]", "[8, 16]"]
 
 
 def results(rows: list[tuple[int, float, float, float]]) -> pd.DataFrame:
@@ -168,6 +220,7 @@ def test_the_verdict_by_hand() -> None:
     assert "About twice of it: engine.max_loras = 128 with 2500" in sentence
     (sentence,) = verdicts(table, ["engine.max_loras"], {"p99_ttft_ms": 160.0})
     assert sentence.startswith("best under p99_ttft_ms <= 160: engine.max_loras = 128")
+    assert sentence.endswith("Twice of it was not tried.")
     (sentence,) = verdicts(table, ["engine.max_loras"], {"p99_ttft_ms": 500.0, "p99_tpot_ms": 20.0})
     assert sentence.startswith(
         "no engine.max_loras keeps p99_ttft_ms <= 500 and p99_tpot_ms <= 20; the lowest P99 TTFT has"

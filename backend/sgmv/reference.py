@@ -6,6 +6,9 @@ import torch
 
 from backend.sgmv.slots import FusedLinear, SlotBank
 
+Shrunk = list[tuple[int, torch.Tensor, list[torch.Tensor]]]
+"""Slot, its rows, and each slice's rank vectors of these rows."""
+
 
 def sgmv_reference(
     x: torch.Tensor, out: torch.Tensor, bank: SlotBank, linear: FusedLinear, row_slots: torch.Tensor
@@ -14,13 +17,25 @@ def sgmv_reference(
 
     `x` [T, in], `out` [T, sum of out_features], `row_slots` int[T] (-1: the row is left alone).
     """
+    expand_reference(out, bank, linear, shrink_reference(x, bank, linear, row_slots))
+
+
+def shrink_reference(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, row_slots: torch.Tensor) -> Shrunk:
+    """The rank vectors `A x[t]` of every adapted row, slot by slot."""
+    shrunk: Shrunk = []
     for slot in torch.unique(row_slots).tolist():
-        if slot < 0:
-            continue
-        rows = torch.nonzero(row_slots == slot).squeeze(1)
+        if slot >= 0:
+            rows = torch.nonzero(row_slots == slot).squeeze(1)
+            slices = range(linear.slices)
+            shrunk.append((slot, rows, [x[rows] @ bank.a(slot, linear, i).to(x.dtype).T for i in slices]))
+    return shrunk
+
+
+def expand_reference(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, shrunk: Shrunk) -> None:
+    """Add `scaling * B h` of every rank vector h to `out`."""
+    for slot, rows, vectors in shrunk:
         start = 0
         for i, width in enumerate(linear.out_features):
-            a, b = bank.a(slot, linear, i).to(x.dtype), bank.b(slot, linear, i).to(x.dtype)
-            delta = (x[rows] @ a.T) @ b * float(bank.scaling[slot])
+            delta = vectors[i] @ bank.b(slot, linear, i).to(vectors[i].dtype) * float(bank.scaling[slot])
             out[rows, start : start + width] += delta.to(out.dtype)
             start += width
