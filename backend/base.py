@@ -29,11 +29,16 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class AdapterShape:
-    """What a backend must know of an adapter to hold and move it."""
+    """What a backend must know of an adapter to hold and move it.
+
+    `folder`: the PEFT folder that live backends read its weights from (None: random ones); `scaling` multiplies B A x.
+    """
 
     adapter_id: int
     rank: int
     target_modules: tuple[str, ...]
+    folder: str | None = None
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

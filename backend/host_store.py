@@ -1,28 +1,41 @@
-"""Adapters outside the GPU: files on disk, and the host cache they are staged into."""
+"""Adapters outside the GPU: PEFT folders on disk, and the host cache they are staged into."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from backend.base import AdapterShape, LoadTiming
 from backend.errors import BackendError
+from backend.peft import CONFIG, WEIGHTS, PeftAdapter, read_adapter
 from backend.sgmv import SlotLayout
+from backend.sgmv.slots import FUSED
+
+if TYPE_CHECKING:
+    from backend.geometry import ModelGeometry
 
 
 class HostStore:
     """Reads adapters from disk into host memory, pinned where there is a GPU.
 
-    One file of random weights a rank stands for every adapter of that rank (the cost does not depend on the
-    values); each adapter has host memory of its own. Files written a moment ago are read from the page cache.
+    An adapter without a folder of its own is read from one of random weights that stands for all of its rank (the cost
+    does not depend on the values); each adapter has host memory of its own. Files written a moment ago are read from the
+    page cache.
     """
 
-    def __init__(self, layout: SlotLayout, dtype: torch.dtype, *, pinned: bool, seed: int) -> None:
+    def __init__(
+        self, geometry: ModelGeometry, layout: SlotLayout, dtype: torch.dtype, *, pinned: bool, seed: int
+    ) -> None:
+        self.geometry = geometry
         self.layout = layout
         self.dtype = dtype
         self.pinned = pinned
@@ -31,27 +44,28 @@ class HostStore:
         self.staged: dict[int, torch.Tensor] = {}
         self.spare: dict[int, list[torch.Tensor]] = defaultdict(list)
 
-    def _file(self, rank: int) -> Path:
-        path = Path(self.folder.name) / f"rank-{rank}.safetensors"
-        if not path.exists():
+    def _random_folder(self, rank: int) -> Path:
+        folder = Path(self.folder.name) / f"rank-{rank}"
+        if not folder.exists():
             generator = torch.Generator().manual_seed(self.seed + rank)
-            weights = torch.empty(rank * self.layout.unit, dtype=torch.float32).normal_(0, 0.02, generator=generator)
-            save_file({"packed": weights.to(self.dtype)}, path)
-        return path
+            write_random(folder, self.geometry, rank, self.dtype, generator)
+        return folder
 
     def stage(self, adapter: AdapterShape) -> LoadTiming:
-        """Read an adapter's file into host memory.
+        """Read an adapter's folder into host memory, as a slot holds it. Raises `BackendError` for a malformed one.
 
-        Not timed: writing the file where it is not there yet, and growing the pool of (pinned) host memory, which a
-        server does once.
+        Not timed: writing random weights where they are not there yet, and growing the pool of (pinned) host memory,
+        which a server does once.
         """
-        path = self._file(adapter.rank)
+        folder = Path(adapter.folder) if adapter.folder else self._random_folder(adapter.rank)
         size = adapter.rank * self.layout.unit
         spare = self.spare[adapter.rank]
         host = spare.pop() if spare else torch.zeros(size, dtype=self.dtype, pin_memory=self.pinned)
         started = time.perf_counter()
-        host.copy_(load_file(path)["packed"])
-        self.layout.zero_missing(host, adapter.rank, adapter.target_modules)
+        peft = read_adapter(folder, self.geometry)
+        if peft.rank != adapter.rank:
+            raise BackendError(f"{folder}: holds rank {peft.rank} now, {adapter.rank} when the run began")
+        pack(peft, host, self.layout, adapter.target_modules)
         self.staged[adapter.adapter_id] = host
         return LoadTiming(time.perf_counter() - started, size * host.element_size())
 
@@ -71,3 +85,49 @@ class HostStore:
         self.staged.clear()
         self.spare.clear()
         self.folder.cleanup()
+
+
+def pack(peft: PeftAdapter, host: torch.Tensor, layout: SlotLayout, target_modules: Collection[str]) -> None:
+    """Fill `host` [rank * unit] with the weights of `target_modules`, in the order of a slot; all else is zero."""
+    parts = [part for part in peft.parts if part.module in target_modules]
+    whole = len(layout.layers) * sum(map(len, FUSED.values()))
+    if len(parts) < whole or any(part.rank < peft.rank for part in parts):
+        host.zero_()
+    with safe_open(peft.folder / WEIGHTS, framework="pt") as file:
+        for part in parts:
+            a, b = _views(host, layout, peft.rank, part.layer, part.module)
+            a[: part.rank] = file.get_tensor(part.a)
+            weights = file.get_tensor(part.b)
+            b[: part.rank] = (weights if part.factor == 1 else weights.float() * part.factor).T
+
+
+def _views(
+    packed: torch.Tensor, layout: SlotLayout, rank: int, layer: int, module: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B, transposed, [rank, out] of one linear inside a packed adapter."""
+    name, modules = next(item for item in FUSED.items() if module in item[1])
+    linear, i = layout.layers[layer][name], modules.index(module)
+    inside, outside = linear.in_features, linear.out_features[i]
+    a, b = rank * linear.a_units[i], rank * linear.b_units[i]
+    return packed[a : a + rank * inside].view(rank, inside), packed[b : b + rank * outside].view(rank, outside)
+
+
+def write_random(
+    folder: Path, geometry: ModelGeometry, rank: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Write a PEFT folder of random weights, never zeros, on all seven linears; `lora_alpha` = r."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32).normal_(0, 0.02, generator=generator).to(dtype)
+
+    tensors = {}
+    for layer in range(geometry.num_layers):
+        for module, (inside, outside) in geometry.linears().items():
+            parent = "self_attn" if module in (*FUSED["qkv"], *FUSED["o"]) else "mlp"
+            path = f"base_model.model.model.layers.{layer}.{parent}.{module}"
+            tensors[f"{path}.lora_A.weight"] = normal(rank, inside)
+            tensors[f"{path}.lora_B.weight"] = normal(outside, rank)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(geometry.linears())}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config))

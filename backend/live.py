@@ -61,7 +61,7 @@ class LiveBackend:
         self.on_cuda = device == "cuda"
         dtype = torch.bfloat16 if self.on_cuda else torch.float32
         self.decoder = Decoder(geometry, limits, num_gpu_blocks, dtype=dtype, device=self.device, seed=seed)
-        self.store = HostStore(self.decoder.bank.layout, dtype, pinned=self.on_cuda, seed=seed)
+        self.store = HostStore(geometry, self.decoder.bank.layout, dtype, pinned=self.on_cuda, seed=seed)
         self.steps_executed = 0
         width = -(-limits.max_model_len // limits.block_size)
         self._host_tables = torch.zeros((limits.max_num_seqs, width), dtype=torch.int32, pin_memory=self.on_cuda)
@@ -89,7 +89,7 @@ class LiveBackend:
         """Copy a staged adapter into `slot` and wait for it."""
         packed = self.store.packed(adapter.adapter_id)
         started = time.perf_counter()
-        self.decoder.bank.write(slot, packed, adapter.rank, 1.0)
+        self.decoder.bank.write(slot, packed, adapter.rank, adapter.scaling)
         self._synchronize()
         return LoadTiming(time.perf_counter() - started, packed.numel() * packed.element_size())
 

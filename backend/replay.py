@@ -29,8 +29,8 @@ class ReplayBackend:
         return Capacity(self.num_gpu_blocks, self.limits.block_size, self.limits.max_loras)
 
     def stage(self, adapter: AdapterShape) -> LoadTiming:
-        """Disk to host, by the measured curve. A file holds all modules' bytes of the adapter's rank."""
-        nbytes = self.geometry.lora_bytes(adapter.rank)
+        """Disk to host, by the measured curve: the bytes of the user's own modules, else of all seven, as files have them."""
+        nbytes = self.geometry.lora_bytes(adapter.rank, adapter.target_modules if adapter.folder else None)
         return LoadTiming(self.profile.stage.seconds(nbytes), nbytes)
 
     def drop(self, adapter_id: int) -> None:

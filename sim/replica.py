@@ -181,8 +181,8 @@ class Replica:
 
     def shape(self, adapter_id: int) -> AdapterShape:
         """What the backend must know of an adapter."""
-        adapter = self.catalogue[adapter_id]
-        return AdapterShape(adapter.adapter_id, adapter.rank, adapter.target_modules)
+        a = self.catalogue[adapter_id]
+        return AdapterShape(a.adapter_id, a.rank, a.target_modules, a.folder, a.scaling)
 
     def _batch(self, plan: StepPlan) -> StepBatch:
         slots = self.manager.slots

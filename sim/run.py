@@ -12,15 +12,14 @@ from backend.base import EngineLimits
 from backend.factory import open_backend
 from backend.geometry import load_geometry
 from sim import run_dir
+from sim.catalogue import catalogue_of, drawn_from, pinned_ids
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
 from sim.metrics import summarise
 from sim.scenario import Scenario, load_scenario
 from sim.tables import RunTables
-from workloads.adapters import TARGET_MODULES, Adapter, Catalogue
 from workloads.build import build_workload
-from workloads.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +43,6 @@ def limits_of(config: EngineConfig) -> EngineLimits:
         config.block_size,
         config.gpu_memory_utilization,
     )
-
-
-def catalogue_of(scenario: Scenario, workload: Workload) -> Catalogue:
-    """The adapters that the workload names, ranks in rotation."""
-    modules = scenario.target_modules or TARGET_MODULES
-    ranks = scenario.ranks
-    names = enumerate(workload.adapter_names, start=1)
-    return Catalogue(tuple(Adapter(i, name, ranks[(i - 1) % len(ranks)], modules) for i, name in names))
-
-
-def pinned_ids(scenario: Scenario, catalogue: Catalogue) -> tuple[int, ...]:
-    """Ids of the adapters that `adapters.pinned` names. Raises `ScenarioError` for a name that the workload lacks."""
-    ids = {adapter.name: adapter.adapter_id for adapter in catalogue}
-    for name in scenario.pinned:
-        if name not in ids:
-            some = ", ".join(list(ids)[:3])
-            raise ScenarioError(f"adapters.pinned names {name!r}, which the workload does not have; it has {some}, …")
-    return tuple(dict.fromkeys(ids[name] for name in scenario.pinned))
 
 
 def run_scenario(
@@ -97,9 +78,9 @@ def execute(scenario: Scenario, *, progress: bool = False) -> tuple[RunTables, d
     """Simulate `scenario` without writing anything: its tables, its summary, and what to know of its workload."""
     geometry = load_geometry(scenario.geometry)
     workload = build_workload(
-        scenario.workload, adapter_count=scenario.adapter_count, seed=scenario.seed, base_dir=scenario.base_dir
+        scenario.workload, adapter_count=drawn_from(scenario), seed=scenario.seed, base_dir=scenario.base_dir
     )
-    catalogue = catalogue_of(scenario, workload)
+    catalogue = catalogue_of(scenario, workload, geometry)
     pinned = pinned_ids(scenario, catalogue)
     opened = open_backend(
         scenario.backend,

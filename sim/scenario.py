@@ -18,7 +18,7 @@ from sim.errors import ScenarioError
 KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("geometry",),
     "engine": tuple(f.name for f in fields(EngineConfig)),
-    "adapters": ("count", "rank", "ranks", "target_modules", "pinned"),
+    "adapters": ("count", "rank", "ranks", "target_modules", "folder", "pinned"),
     "workload": (),
     "backend": ("kind", "profile", "gpu_memory_gib"),
     "slo": ("p99_ttft_ms", "p99_tpot_ms"),
@@ -39,6 +39,7 @@ class Scenario:
     adapter_count: int | None
     ranks: tuple[int, ...]
     target_modules: tuple[str, ...] | None
+    adapter_folder: str | None
     pinned: tuple[str, ...]
     workload: Mapping[str, object]
     backend: str
@@ -56,8 +57,9 @@ class Scenario:
         engine["max_cpu_loras"] = self.engine.host_loras
         adapters = {
             "count": self.adapter_count,
-            "ranks": list(self.ranks),
+            "ranks": list(self.ranks) if self.adapter_folder is None else None,
             "target_modules": self.target_modules,
+            "folder": self.adapter_folder,
             "pinned": list(self.pinned),
         }
         backend = {"kind": self.backend, "profile": self.profile, "gpu_memory_gib": self.gpu_memory_gib}
@@ -129,6 +131,7 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
         adapter_count=None if count is None else int(count),
         ranks=_ranks(get.table("adapters")),
         target_modules=modules,
+        adapter_folder=_folder(get, base_dir),
         pinned=get.texts("adapters", "pinned") or (),
         workload=get.table("workload"),
         backend=get.text("backend", "kind") or "profile",
@@ -156,6 +159,19 @@ def _locate(name: str, shipped: Collection[str], base_dir: Path) -> str:
 
 def _missing(key: str) -> str:
     raise ScenarioError(f"{key} is missing")
+
+
+def _folder(get: _Reader, base_dir: Path) -> str | None:
+    """`adapters.folder`, made absolute; its adapters say themselves what the other keys would."""
+    folder = get.text("adapters", "folder")
+    if folder is None:
+        return None
+    for key in ("count", "rank", "ranks", "target_modules"):
+        if key in get.table("adapters"):
+            raise ScenarioError(
+                f"adapters.{key} and adapters.folder: give one of them, the folder's adapters have their own"
+            )
+    return str((base_dir / folder).resolve())
 
 
 def _ranks(table: Mapping[str, object]) -> tuple[int, ...]:

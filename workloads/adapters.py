@@ -13,12 +13,14 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One LoRA adapter: `W' = W + scaling * B @ A` on each of its target modules."""
+    """One LoRA adapter: `W' = W + scaling * B @ A` on each of its target modules; `folder`: where its weights lie, if anywhere."""
 
     adapter_id: int
     name: str
     rank: int
     target_modules: tuple[str, ...] = TARGET_MODULES
+    folder: str | None = None
+    scaling: float = 1.0
 
     def __post_init__(self) -> None:
         if self.adapter_id < 1:

@@ -44,6 +44,9 @@ KEYS = {
 }
 """`workload.kind` and the keys that it takes."""
 
+NAMES_ITS_OWN = ("table", "vtc", "servegen", "clients")
+"""Kinds whose source says which adapter a request is for; the others draw one of a number of adapters."""
+
 Maker = Callable[[Reader, int | None, np.random.Generator], Workload]
 
 

@@ -8,7 +8,7 @@ loading is one copy of the true bytes, and nothing is padded but the slot itself
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,15 +62,6 @@ class SlotLayout:
                 layer[name] = FusedLinear(linears[modules[0]][0], outs, tuple(a_units), tuple(b_units))
             layers.append(layer)
         return cls(tuple(layers), offset)
-
-    def zero_missing(self, packed: torch.Tensor, rank: int, target_modules: Sequence[str]) -> None:
-        """Zero the modules of a packed adapter `[rank * unit]` that it does not adapt."""
-        for layer in self.layers:
-            for name, modules in FUSED.items():
-                linear = layer[name]
-                for i, module in enumerate(modules):
-                    if module not in target_modules:
-                        packed[rank * linear.b_units[i] : rank * (linear.b_units[i] + linear.out_features[i])] = 0
 
 
 class SlotBank:
