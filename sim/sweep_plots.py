@@ -99,7 +99,7 @@ def _scale(axis: object, served: pd.DataFrame, key: str, measure: str) -> None:
     values, keys = served[measure].dropna(), served[key]
     if keys.min() > 0 and keys.max() >= 4 * keys.min():
         axis.set_xscale("log", base=2)  # type: ignore[attr-defined]
-        axis.set_xticks(sorted(keys.unique()), [f"{v:g}" for v in sorted(keys.unique())])  # type: ignore[attr-defined]
+        axis.set_xticks(sorted(keys.unique()), [f"{v:g}" for v in sorted(keys.unique())], fontsize=7)  # type: ignore[attr-defined]
     if len(values) and values.min() > 0 and values.max() >= 10 * values.min():
         axis.set_yscale("log")  # type: ignore[attr-defined]
 
