@@ -95,11 +95,11 @@ def _lines(served: pd.DataFrame, key: str, others: list[str], caption: str) -> o
 
 
 def _scale(axis: object, served: pd.DataFrame, key: str, measure: str) -> None:
-    """Logarithmic where values span more than a decade."""
+    """Logarithmic where values span a decade, or settings a factor of four."""
     values, keys = served[measure].dropna(), served[key]
-    if keys.min() > 0 and keys.max() >= 10 * keys.min():
+    if keys.min() > 0 and keys.max() >= 4 * keys.min():
         axis.set_xscale("log", base=2)  # type: ignore[attr-defined]
-        axis.set_xticks(sorted(keys.unique()), [f"{v:g}" for v in sorted(keys.unique())])  # type: ignore[attr-defined]
+        axis.set_xticks(sorted(keys.unique()), [f"{v:g}" for v in sorted(keys.unique())], fontsize=7)  # type: ignore[attr-defined]
     if len(values) and values.min() > 0 and values.max() >= 10 * values.min():
         axis.set_yscale("log")  # type: ignore[attr-defined]
 

@@ -58,12 +58,16 @@ def _facts(key: str, value: float, means: pd.DataFrame) -> str:
 def _missed(key: str, best: float, means: pd.DataFrame) -> str:
     """What half and twice the best value give, or the values of the grid that are next beyond; and what nobody tried."""
     text = ""
-    for word, candidates in (
-        ("half", means.index[means.index <= best / 2][::-1]),
-        ("twice", means.index[means.index >= best * 2]),
+    for word, beyond, candidates in (
+        ("half", means.index[means.index < best], means.index[means.index <= best / 2][::-1]),
+        ("twice", means.index[means.index > best][::-1], means.index[means.index >= best * 2]),
     ):
         if len(candidates):
             text += f" About {word} of it: {_facts(key, candidates[0], means)}."
+        elif len(beyond):
+            text += (
+                f" {word.capitalize()} of it was not served; the furthest that way: {_facts(key, beyond[0], means)}."
+            )
         else:
             text += f" {word.capitalize()} of it was not tried."
     return text

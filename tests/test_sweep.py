@@ -227,6 +227,25 @@ def test_the_verdict_by_hand() -> None:
     )
 
 
+def test_both_ends_hurt_where_memory_is_short(tmp_path: Path) -> None:
+    """Few slots make requests queue, many leave no KV blocks: the optimum between is nowhere put in."""
+    text = SCENARIO.replace("max_cpu_loras = 16", "max_cpu_loras = 64\nmax_lora_rank = 64").replace(
+        "count = 8", "count = 64"
+    )
+    text = text.replace("rate_rps = 20", "rate_rps = 30").replace("duration_s = 8", "duration_s = 12")
+    text = text.replace("tokens = 60", "tokens = 300").replace("median = 20", "median = 80")
+    (tmp_path / "s.toml").write_text(text + "gpu_memory_gib = 40\n")
+    table = sweep(str(tmp_path / "s.toml"), {"engine.max_loras": [8, 32, 53, 64]}, out=tmp_path / "o", jobs=2)
+    assert table["status"].tolist() == ["ok", "ok", "ok", "refused"]
+    assert table["num_gpu_blocks"].dropna().is_monotonic_decreasing
+    few, best, many = table[TTFT][:3]
+    assert few > 10 * best
+    assert many > 10 * best
+    (sentence,) = verdicts(table, ["engine.max_loras"], {})
+    assert sentence.startswith("best: engine.max_loras = 32 with")
+    assert "Twice of it was not served; the furthest that way: engine.max_loras = 53 with" in sentence
+
+
 def test_the_command_draws_and_says(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["sweep", str(scenario), "--set", "engine.max_loras=1,8", "--set", "workload.rate_rps=10,30", "--jobs", "1"]
     assert main([*argv, "--out", str(tmp_path / "o")]) == 0
