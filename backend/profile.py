@@ -78,10 +78,15 @@ def measured_parts(name_or_path: str) -> Path | None:
 
 
 def _table(name_or_path: str, table: str) -> Path | None:
-    shipped = name_or_path in shipped_profiles()
-    folder = Path(str(files("backend") / "profiles" / name_or_path)) if shipped else Path(name_or_path)
+    folder = profile_folder(name_or_path)
     file = folder / f"{table}.parquet"
     return file if file.is_file() else None
+
+
+def profile_folder(name_or_path: str) -> Path:
+    """Where a shipped profile lies, or the path itself."""
+    shipped = name_or_path in shipped_profiles()
+    return Path(str(files("backend") / "profiles" / name_or_path)) if shipped else Path(name_or_path)
 
 
 def load_profile(name_or_path: str) -> Profile:

@@ -25,10 +25,11 @@ from backend.memory import EXTRA_VOCAB_ROWS_0_8, GIB, memory_plan
 from backend.profile import LoadCurve, Profile, load_profile
 from backend.replay import ReplayBackend
 from benchmarks.real_steps import MeasuredSteps, load_s, measured_steps
+from sim.catalogue import catalogue_of
 from sim.engine import simulate
 from sim.errors import ScenarioError
 from sim.metrics import summarise
-from sim.run import catalogue_of, execute, limits_of
+from sim.run import execute, limits_of
 from sim.scenario import Scenario, from_tables
 from workloads.build import build_workload
 
@@ -94,7 +95,9 @@ def on_own_steps(run: Scenario, steps: MeasuredSteps, load: LoadCurve) -> dict[s
     blocks = memory_plan(geometry, limits, gpu_bytes, extra_vocab_rows=EXTRA_VOCAB_ROWS_0_8).num_gpu_blocks
     profile = Profile("own", gpu_bytes, cast("Predictor", steps), LoadCurve(0.0, 1e15), load, {}, {})
     backend = ReplayBackend(profile, geometry, limits, blocks)
-    tables = simulate(workload.requests, catalogue_of(run, workload), run.engine, backend, horizon_s=run.horizon_s)
+    tables = simulate(
+        workload.requests, catalogue_of(run, workload, geometry), run.engine, backend, horizon_s=run.horizon_s
+    )
     return {**summarise(tables), "mean_running": float(tables.steps["running"].mean())}
 
 

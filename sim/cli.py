@@ -34,9 +34,8 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--quick", action="store_true", help="a coarse grid, for a first look")
     measure.add_argument(
         "--refit",
-        type=Path,
-        metavar="DIR",
-        help="fit the steps again that lie in a profile folder; nothing is executed",
+        metavar="PROFILE",
+        help="fit the steps again of a shipped profile or a profile folder; nothing is executed",
     )
     logs = measure.add_argument_group("from another engine's logs, with nothing executed")
     logs.add_argument(
@@ -92,10 +91,11 @@ def _measure(args: argparse.Namespace) -> None:
 
 def _refitted(args: argparse.Namespace) -> Profile:
     from backend.measure import refit_profile
+    from backend.profile import profile_folder
 
     if args.geometry or args.from_steps or args.quick:
         raise BackendError("--refit takes only --out beside it: everything else stands in the profile folder")
-    return refit_profile(args.refit, args.out)
+    return refit_profile(profile_folder(args.refit), args.out)
 
 
 def _measured(args: argparse.Namespace) -> Profile:

@@ -46,7 +46,7 @@ def test_the_readme_runs_as_printed(
         assert Path(last).exists()
         done.add(argv[0] if argv[0] != "workload" else argv[1])
         places["RUN_DIR"] = last if argv[0] == "run" else places["RUN_DIR"]
-    assert done == {"run", "sweep", "curve", "report", "describe", "fit", "convert"}
+    assert done == {"run", "measure", "sweep", "curve", "report", "describe", "fit", "convert"}
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
