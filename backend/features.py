@@ -29,7 +29,8 @@ class StepFeatures:
     the longest of them; `kv_tail`: keys that the processors beside the longest could read until it ends (contexts that grow
     together leave it as it is); `prefill_keys`, `prefill_tail`: the same of the tiles of all other requests' queries;
     `lora_rows`, `lora_tiles`, `active_adapters`; `rank_sum`, `max_rank`: of the ranks of the active adapters;
-    `row_rank`: rows times their adapter's rank, added up; `decode_only`: every request computes one token.
+    `row_rank`: rows times their adapter's rank, added up; `decode_only`: every request computes one token; `after_prompts`: the
+    step before had others, so that an engine sets its batch up anew.
     """
 
     rows: int
@@ -47,9 +48,10 @@ class StepFeatures:
     max_rank: int
     row_rank: int
     decode_only: bool
+    after_prompts: bool = False
 
     @classmethod
-    def of(cls, batch: StepBatch, slot_ranks: Mapping[int, int]) -> StepFeatures:
+    def of(cls, batch: StepBatch, slot_ranks: Mapping[int, int], *, after_prompts: bool = False) -> StepFeatures:
         """Summarise `batch`; `slot_ranks` maps each used slot to the rank of its adapter."""
         rows = prefill_keys = 0
         keys: list[int] = []
@@ -81,6 +83,7 @@ class StepFeatures:
             max(ranks, default=0),
             sum(count * slot_ranks[slot] for slot, count in per_slot.items()),
             len(keys) == len(batch.query_lens),
+            after_prompts,
         )
 
 

@@ -12,6 +12,7 @@ from backend.base import NO_SLOT, StepBatch
 from backend.features import StepFeatures
 from backend.predictor import Predictor
 from backend.profile import LoadCurve
+from backend.regression import Measured
 
 
 def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
@@ -39,11 +40,21 @@ def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
     """The features of a table of measured steps."""
     columns = (steps[name] for name in ("query_lens", "context_lens", "slots", "ranks"))
     features = []
-    for query, context, slots, ranks in zip(*columns, strict=True):
+    fresh = steps["after_prompts"] if "after_prompts" in steps else [False] * len(steps)
+    for query, context, slots, ranks, after in zip(*columns, fresh, strict=True):
         lengths = (tuple(map(int, query)), tuple(map(int, context)), tuple(map(int, slots)))
         slot_ranks = dict(zip(lengths[2], map(int, ranks), strict=True))
-        features.append(StepFeatures.of(StepBatch(*lengths, (True,) * len(lengths[0])), slot_ranks))
+        batch = StepBatch(*lengths, (True,) * len(lengths[0]))
+        features.append(StepFeatures.of(batch, slot_ranks, after_prompts=bool(after)))
     return features
+
+
+def measured(steps: pd.DataFrame) -> Measured:
+    """A table of measured steps as a fit takes it."""
+    launch = steps["launch_s"].to_numpy() if "launch_s" in steps else np.zeros(len(steps))
+    return Measured(
+        tuple(features_of(steps)), steps["device_s"].to_numpy(), steps["host_s"].to_numpy(), np.asarray(launch, float)
+    )
 
 
 def with_features(steps: pd.DataFrame) -> pd.DataFrame:

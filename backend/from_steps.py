@@ -11,11 +11,14 @@ import numpy as np
 import pandas as pd
 
 from backend.errors import BackendError
-from backend.fitting import accuracy, accuracy_by_regime, features_of, load_curve
+from backend.fitting import accuracy, accuracy_by_regime, load_curve, measured
 from backend.geometry import ModelGeometry
-from backend.predictor import fit_predictor
 from backend.profile import LoadCurve, Profile, write_profile
+from backend.regression import Engine, fit_predictor
 from backend.step_logs import read_loads, read_steps
+
+VLLM_LORA_ROWS = 32
+"""Rows that a block of vLLM's LoRA kernels takes by default, whole or not (`block_m` of its shrink)."""
 
 FREE_BYTES_PER_S = 1e15
 """Stands for no cost per byte where moves of one size were measured: nothing says how they depend on it."""
@@ -45,13 +48,9 @@ def profile_from_steps(
     if fitted.empty:
         raise BackendError(f"--from-steps {logs[0]}: no steps in these files, only adapter moves")
     loads = read_loads([*logs, *held_out], rank, geometry.lora_bytes(rank))
-    predictor = fit_predictor(
-        features_of(fitted),
-        fitted["device_s"].to_numpy(),
-        fitted["host_s"].to_numpy(),
-        facts.pop("capture_sizes"),
-        None if bandwidth_gb_s is None else geometry.kv_bytes_per_token / bandwidth_gb_s / 1e9,
-    )
+    per_key = None if bandwidth_gb_s is None else geometry.kv_bytes_per_token / bandwidth_gb_s / 1e9
+    engine_facts = Engine(tuple(facts.pop("capture_sizes")), per_key, VLLM_LORA_ROWS if "vllm" in facts else 1)
+    predictor = fit_predictor(measured(fitted), engine_facts)
     judged = checked if len(checked) else fitted
     by_regime = accuracy_by_regime(predictor, judged)
     meta = {

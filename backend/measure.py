@@ -17,12 +17,12 @@ import torch
 from backend.base import AdapterShape, EngineLimits, StepBatch
 from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.errors import BackendError
-from backend.fitting import accuracy, composition, features_of, load_curve
+from backend.fitting import accuracy, composition, load_curve, measured
 from backend.gpu_watch import watching
 from backend.live import GRAPH_SIZES, LiveBackend
 from backend.memory import memory_plan
-from backend.predictor import fit_predictor
 from backend.profile import Profile, measured_facts, write_profile
+from backend.regression import Engine, fit_predictor
 from backend.rounds import Rounds, measure_rounds
 
 if TYPE_CHECKING:
@@ -155,20 +155,20 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
     return profile
 
 
-def refit_profile(measured: Path, out: Path) -> Profile:
-    """Fit the steps and loads that lie in the profile folder `measured` again, and write the profile into the new folder `out`.
+def refit_profile(kept: Path, out: Path) -> Profile:
+    """Fit the steps and loads that lie in the profile folder `kept` again, and write the profile into the new folder `out`.
 
-    Raises `BackendError` if `out` exists or `measured` is not what `measure_profile` wrote.
+    Raises `BackendError` if `out` exists or `kept` is not what `measure_profile` wrote.
     """
     if out.exists():
         raise BackendError(f"--out {out}: exists already; name a new folder")
-    gpu_bytes, graph_sizes, meta = measured_facts(measured)
+    gpu_bytes, graph_sizes, meta = measured_facts(kept)
     if "limits" not in meta:
-        raise BackendError(f"--refit {measured}: made from another engine's logs; make it again with --from-steps")
-    tables = [measured / f"{name}.parquet" for name in ("steps", "loads")]
+        raise BackendError(f"--refit {kept}: made from another engine's logs; make it again with --from-steps")
+    tables = [kept / f"{name}.parquet" for name in ("steps", "loads")]
     for table in tables:
         if not table.is_file():
-            raise BackendError(f"--refit {measured}: has no {table.name}")
+            raise BackendError(f"--refit {kept}: has no {table.name}")
     steps, loads = (pd.read_parquet(table) for table in tables)
     if "query_lens" not in steps:
         raise BackendError(f"{tables[0]}: has no column query_lens; measured by an older version, measure it again")
@@ -187,9 +187,7 @@ def profile_from(
 ) -> Profile:
     """Fit a profile to measured tables; rows of kind `held_out` only check it."""
     fitted = steps[steps["kind"] != "held_out"]
-    predictor = fit_predictor(
-        features_of(fitted), fitted["device_s"].to_numpy(), fitted["host_s"].to_numpy(), graph_sizes
-    )
+    predictor = fit_predictor(measured(fitted), Engine(tuple(graph_sizes)))
     return Profile(
         name,
         gpu_bytes,

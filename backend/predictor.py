@@ -9,34 +9,26 @@ three regimes, fitted apart.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from backend.errors import BackendError
 from backend.features import DECODES_AT_ONCE, SPLIT_DECODES, StepFeatures
 
 FloatArray = npt.NDArray[np.float64]
 
-_BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "rank_sum", "row_rank")
+BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "rank_sum", "row_rank")
 
-_TERMS = (
+TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
     "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank",
 )  # fmt: skip
 """The terms after the two hats, in the order of `Regime.terms`; attention's come first."""
 
 _ATTENTION = 4
-
-_LEAN = frozenset({"prefill_keys", "active_adapters"})
-"""Those that a sparse table, of one rank and one context, can tell apart."""
-
-_ENOUGH = 3
-"""Measured steps of a captured size that give it a knot of its own: base products do not cost what their neighbours' say."""
 
 
 def hat(value: float, knots: Sequence[float]) -> list[float]:
@@ -53,15 +45,18 @@ def hat(value: float, knots: Sequence[float]) -> list[float]:
 
 
 def host_terms(f: StepFeatures) -> list[float]:
-    """What the host's seconds of a step depend on: the step, whether it has adapters, its requests, adapters and rows."""
-    return [1.0, 1.0 if f.active_adapters else 0.0, f.requests, f.active_adapters, f.rows]
+    """What the host's seconds of a step depend on: the step, whether it has adapters or follows one with prompts, its sizes."""
+    flags = (1.0, 1.0 if f.active_adapters else 0.0, 1.0 if f.after_prompts else 0.0)
+    return [*flags, f.requests, f.active_adapters, f.rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Regime:
     """One regime's fit: knots over rows, coefficients for device and host seconds, and the measured range.
 
-    `knots`: of the base model; `lora_knots`: of what LoRA costs at all, where steps with and without it were measured.
+    `knots`: of the base model; `lora_knots`: of what LoRA costs at all, where steps with and without it were measured;
+    `lora_rows`: rows that LoRA kernels take together, whole or not;
+    `launch`: seconds in which the host launches the kernels one by one; the device works beside it, and the longer counts.
     """
 
     knots: tuple[float, ...]
@@ -70,10 +65,13 @@ class Regime:
     host: tuple[float, ...]
     low: Mapping[str, float]
     high: Mapping[str, float]
+    launch: tuple[float, ...] = ()
+    lora_rows: int = 1
 
     def terms(self, f: StepFeatures, size: int) -> list[float]:
         """The features that coefficients multiply; `size` is the row count the step is executed at."""
-        lora = hat(size, self.lora_knots) if f.active_adapters else [0.0] * len(self.lora_knots)
+        tiles = -(-size // self.lora_rows) * self.lora_rows
+        lora = hat(tiles, self.lora_knots) if f.active_adapters else [0.0] * len(self.lora_knots)
         # With too few decodes to fill the processors but too many to split their keys, some idle until the longest ends.
         idle = max(0, DECODES_AT_ONCE - f.decodes) * f.max_kv if f.decodes > SPLIT_DECODES else 0
         return [
@@ -96,8 +94,8 @@ class Regime:
         products = [c * t for c, t in zip(self.device, self.terms(f, size), strict=True)]
         base, lora, rest = (
             products[: len(self.knots)],
-            products[len(self.knots) : -len(_TERMS)],
-            products[-len(_TERMS) :],
+            products[len(self.knots) : -len(TERMS)],
+            products[-len(TERMS) :],
         )
         return {
             "base": sum(base) + rest[_ATTENTION],
@@ -133,6 +131,8 @@ class Predictor:
         terms = regime.terms(f, size)
         device = sum(c * t for c, t in zip(regime.device, terms, strict=True))
         host = sum(c * t for c, t in zip(regime.host, host_terms(f), strict=True))
+        if regime.launch:
+            device = max(device, sum(c * t for c, t in zip(regime.launch, host_terms(f), strict=True)))
         return device, host, not regime.contains(f)
 
     def parts(self, f: StepFeatures) -> dict[str, float]:
@@ -148,102 +148,10 @@ class Predictor:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Predictor:
         """Read what `to_json` wrote. Raises KeyError or TypeError for anything else."""
-        regimes = {
-            name: Regime(
-                tuple(r["knots"]), tuple(r["lora_knots"]), tuple(r["device"]), tuple(r["host"]), r["low"], r["high"]
-            )
-            for name, r in data["regimes"].items()
-        }
+        regimes = {name: _regime(regime) for name, regime in data["regimes"].items()}
         return cls(tuple(data["graph_sizes"]), regimes)
 
 
-def _nonnegative(
-    matrix: FloatArray, target: FloatArray, weight: FloatArray, fixed: Mapping[int, float]
-) -> tuple[float, ...]:
-    """Coefficients >= 0 of the least relative error; `fixed` ones are given, by column."""
-    from scipy.optimize import nnls
-
-    given = np.zeros(matrix.shape[1])
-    given[list(fixed)] = list(fixed.values())
-    rest = np.maximum(target - matrix @ given, 0.0)
-    free = np.array([i not in fixed for i in range(matrix.shape[1])])
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-30)
-    solution, _ = nnls((matrix / scale * weight[:, None])[:, free], rest * weight, maxiter=100 * matrix.shape[1])
-    given[free] = solution / scale[free]
-    return tuple(given.tolist())
-
-
-def fit_regime(
-    steps: Sequence[StepFeatures],
-    sizes: Sequence[int],
-    device_s: FloatArray,
-    host_s: FloatArray,
-    knots: Sequence[float],
-    lora_knots: Sequence[float],
-    seconds_per_key: float | None = None,
-) -> Regime:
-    """Fit one regime to measured steps; relative errors of the whole step weigh alike.
-
-    `seconds_per_key`: what reading one cached key costs, for sparse tables in which contexts do not vary: it is taken as
-    given, and only terms that such a table can tell apart are fitted.
-    """
-    ranges = {k: [float(getattr(f, k)) for f in steps] for k in _BOUNDED}
-    low = {k: min(v) for k, v in ranges.items()}
-    high = {k: max(v) for k, v in ranges.items()}
-    empty = Regime(tuple(knots), tuple(lora_knots), (), (), low, high)
-    matrix = np.array([empty.terms(f, size) for f, size in zip(steps, sizes, strict=True)])
-    weight = 1.0 / (device_s + host_s)
-    first = len(knots) + len(lora_knots)
-    no_cost: dict[int, float] = {}
-    if seconds_per_key is not None:
-        no_cost = {first + i: 0.0 for i, name in enumerate(_TERMS) if name not in _LEAN}
-    keys = {first: seconds_per_key} if seconds_per_key is not None else {}
-    device = _nonnegative(matrix, device_s, weight, no_cost | keys)
-    host = _nonnegative(np.array([host_terms(f) for f in steps]), host_s, weight, {})
-    return replace(empty, device=device, host=host)
-
-
-def fit_predictor(
-    steps: Sequence[StepFeatures],
-    device_s: FloatArray,
-    host_s: FloatArray,
-    graph_sizes: Sequence[int],
-    seconds_per_key: float | None = None,
-) -> Predictor:
-    """Fit every regime there are steps of; knots are the row counts of its base-only steps (`fit_regime`)."""
-    placing = Predictor(tuple(graph_sizes), {})
-    placed = [placing.regime(f) for f in steps]
-    regimes: dict[str, Regime] = {}
-    for name in ("decode", "mixed", "eager"):
-        chosen = [i for i, (regime, _) in enumerate(placed) if regime == name]
-        if not chosen:
-            continue
-        sizes = [placed[i][1] for i in chosen]
-        base_only = sorted({placed[i][1] for i in chosen if not steps[i].active_adapters})
-        if not base_only:
-            raise BackendError(f"a profile needs measured {name} steps without adapters beside those with")
-        if name == "eager":
-            knots = _thinned([min(sizes), *base_only])
-        else:
-            knots = sorted({*base_only, *(size for size, count in Counter(sizes).items() if count >= _ENOUGH)})
-        regimes[name] = fit_regime(
-            [steps[i] for i in chosen],
-            sizes,
-            device_s[chosen],
-            host_s[chosen],
-            knots,
-            _thinned(base_only),
-            seconds_per_key,
-        )
-    if "eager" not in regimes:
-        raise BackendError("a profile needs measured steps beyond the captured sizes")
-    return Predictor(tuple(graph_sizes), regimes)
-
-
-def _thinned(rows: Sequence[int]) -> list[int]:
-    """Knots at least a factor 1.3 apart."""
-    kept: list[int] = []
-    for value in rows:
-        if not kept or value >= 1.3 * kept[-1] or value == rows[-1]:
-            kept.append(value)
-    return kept
+def _regime(data: Mapping[str, Any]) -> Regime:
+    lists = {key: tuple(data[key]) for key in ("knots", "lora_knots", "device", "host", "launch")}
+    return Regime(low=data["low"], high=data["high"], lora_rows=data["lora_rows"], **lists)

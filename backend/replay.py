@@ -23,6 +23,7 @@ class ReplayBackend:
         self.limits = limits
         self.num_gpu_blocks = num_gpu_blocks
         self.slot_ranks: dict[int, int] = {}
+        self.after_prompts = False
 
     def capacity(self) -> Capacity:
         """KV blocks by the memory model, slots as configured."""
@@ -44,7 +45,9 @@ class ReplayBackend:
 
     def execute(self, batch: StepBatch) -> StepTiming:
         """The predicted time of the step."""
-        device_s, host_s, extrapolated = self.profile.predictor.predict(StepFeatures.of(batch, self.slot_ranks))
+        features = StepFeatures.of(batch, self.slot_ranks, after_prompts=self.after_prompts)
+        self.after_prompts = not features.decode_only
+        device_s, host_s, extrapolated = self.profile.predictor.predict(features)
         return StepTiming(device_s, host_s, extrapolated)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,12 @@ def read_loads(paths: Sequence[Path], rank: int, nbytes: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
 
 
-def _row(batch: StepBatch, rank: int, total_ms: float, device_ms: float, spread: tuple[float, float]) -> dict[str, Any]:
+def _row(
+    batch: StepBatch, rank: int, total_ms: float, device_ms: float, launch_ms: float, spread: tuple[float, float]
+) -> dict[str, Any]:
     ranks = {slot: rank for slot in batch.slots if slot != NO_SLOT}
     total, device = total_ms / 1e3, min(device_ms, total_ms) / 1e3
-    times = {"device_s": device, "host_s": total - device, "elapsed_s": total}
+    times = {"device_s": device, "host_s": total - device, "launch_s": launch_ms / 1e3, "elapsed_s": total}
     return {**composition(batch, ranks), **times, "p10_s": spread[0] / 1e3, "p90_s": spread[1] / 1e3}
 
 
@@ -99,7 +101,7 @@ def _from_decode(row: dict[Any, Any], rank: int) -> dict[str, Any]:
     slots = _spread_slots(requests, int(row["D"]))
     batch = StepBatch((1,) * requests, (context,) * requests, slots, (True,) * requests)
     spread = (float(row.get("p10_ms", median)), float(row.get("p90_ms", median)))
-    return _row(batch, rank, median, float(row["sample_ms"]), spread)
+    return _row(batch, rank, median, float(row["sample_ms"]), float(row.get("exec_ms", 0.0)), spread)
 
 
 def _from_prefill(table: pd.DataFrame, rank: int) -> list[dict[str, Any]]:
@@ -109,7 +111,8 @@ def _from_prefill(table: pd.DataFrame, rank: int) -> list[dict[str, Any]]:
         kept = cell.iloc[_WARM_UP:] if len(cell) > _WARM_UP else cell
         batch = StepBatch((tokens // count,) * count, (0,) * count, _spread_slots(count, adapters), (True,) * count)
         low, median, high = kept["step_ms"].quantile([0.1, 0.5, 0.9])
-        rows.append(_row(batch, rank, median, kept["sample_ms"].median(), (low, high)))
+        launch = float(kept["exec_ms"].median()) if "exec_ms" in kept else 0.0
+        rows.append(_row(batch, rank, median, kept["sample_ms"].median(), launch, (low, high)))
     return rows
 
 
@@ -122,25 +125,42 @@ def _from_log(path: Path, table: pd.DataFrame, rank: int) -> list[dict[str, Any]
     stem = path.name.removesuffix("_steps.csv")
     prompts, slots = _requests(path.with_name(f"{stem}_requests.csv"))
     plan = path.with_name(f"{stem}_sched.jsonl.gz")
-    computed = dict.fromkeys(prompts, 0)
     rows = []
-    for step, parts in _schedule(plan):
-        if step >= len(table):
-            raise BackendError(f"{plan}: step {step} is not in {path.name}, which has {len(table)} steps")
-        query, context, slot, samples = [], [], [], []
-        for request, tokens in parts:
-            if request not in prompts:
-                raise BackendError(f"{plan}: step {step} names request {request}, which {stem}_requests.csv lacks")
-            query.append(tokens)
-            context.append(computed[request])
-            slot.append(slots[request])
-            computed[request] += tokens
-            samples.append(computed[request] >= prompts[request])
-        line = table.iloc[step]
-        if query and not line["loads"] and not line["activations"]:
-            batch = StepBatch(tuple(query), tuple(context), tuple(slot), tuple(samples))
-            rows.append(_row(batch, rank, line["total_ms"], line["sample_ms"], (line["total_ms"], line["total_ms"])))
+    for line, batch, after_prompts in _batches(plan, path, table, prompts, slots):
+        if not line["loads"] and not line["activations"]:
+            total = float(line["total_ms"])
+            row = _row(batch, rank, total, line["sample_ms"], float(line.get("exec_ms", 0.0)), (total, total))
+            rows.append({**row, "t_s": float(line.get("t", 0.0)), "after_prompts": after_prompts})
     return rows
+
+
+def _batches(
+    plan: Path, path: Path, table: pd.DataFrame, prompts: dict[int, int], slots: dict[int, int]
+) -> Iterator[tuple[dict[Any, Any], StepBatch, bool]]:
+    """Each step that computes anything: its line, its batch, and whether the one before computed prompts."""
+    lines, computed = table.to_dict("records"), dict.fromkeys(prompts, 0)
+    after_prompts = False
+    for step, parts in _schedule(plan):
+        if step >= len(lines):
+            raise BackendError(f"{plan}: step {step} is not in {path.name}, which has {len(lines)} steps")
+        unknown = [request for request, _ in parts if request not in prompts]
+        if unknown:
+            raise BackendError(
+                f"{plan}: step {step} names request {unknown[0]}, which {path.name.replace('_steps', '_requests')} lacks"
+            )
+        if not parts:
+            continue
+        query = tuple(tokens for _, tokens in parts)
+        context = tuple(computed[request] for request, _ in parts)
+        for request, tokens in parts:
+            computed[request] += tokens
+        samples = tuple(computed[request] >= prompts[request] for request, _ in parts)
+        yield (
+            lines[step],
+            StepBatch(query, context, tuple(slots[request] for request, _ in parts), samples),
+            after_prompts,
+        )
+        after_prompts = max(query) > 1
 
 
 def _requests(path: Path) -> tuple[dict[int, int], dict[int, int]]:

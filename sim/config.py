@@ -12,6 +12,11 @@ LORA_LOADING = ("blocking", "overlapped")
 """`blocking`: a step waits for its adapters (vLLM). `overlapped`: they load beside the steps (SGLang)."""
 
 
+LORA_ORDER = ("requests", "set")
+"""In which order a step's adapters are brought in. `requests`: as its requests come. `set`: as a set of theirs is walked in
+vLLM, in an order that is fixed for a process and has nothing to do with the requests."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One replica's configuration; defaults are vLLM's where it has one (`vllm/engine/arg_utils.py`).
@@ -38,6 +43,7 @@ class EngineConfig:
     ageing_s: float = 10.0
     lora_eviction_policy: str = "lru"
     lora_loading: str = "blocking"
+    lora_order: str = "requests"
 
     @property
     def host_loras(self) -> int:
@@ -65,6 +71,7 @@ class EngineConfig:
             ("scheduling_policy", tuple(WAITING)),
             ("lora_eviction_policy", tuple(EVICTION)),
             ("lora_loading", LORA_LOADING),
+            ("lora_order", LORA_ORDER),
         ):
             if getattr(self, key) not in known:
                 raise ScenarioError(f"engine.{key} is {getattr(self, key)!r}, must be one of {', '.join(known)}")

@@ -59,6 +59,7 @@ def simulate(
     backend: Backend,
     *,
     pinned: Sequence[int] = (),
+    registered: Sequence[int] = (),
     check: bool = False,
     horizon_s: float | None = None,
     on_step: Callable[[float, int], None] | None = None,
@@ -66,13 +67,13 @@ def simulate(
     """Run `requests` through one replica on `backend`, to the end or to `horizon_s` seconds.
 
     `pinned`: ids of adapters that are loaded before the start and never evicted; each keeps one of `max_loras` for
-    itself. `check`: verify the invariants after every step. Unfinished requests stay `running` or `waiting` in the
+    itself. `registered`: ids that were added in this order before the start, as far as caches hold them. `check`: verify the invariants after every step. Unfinished requests stay `running` or `waiting` in the
     tables. `on_step(now, finished)` is called as time passes.
     Raises `ScenarioError` for a request or adapter that the engine could never serve, `IntegrityError` if a check fails.
     """
     refuse_impossible(requests, catalogue, config, backend, pinned)
     env = simpy.Environment()
-    replica = Replica(env, catalogue, config, backend, pinned=pinned, check=check)
+    replica = Replica(env, catalogue, config, backend, pinned=pinned, registered=registered, check=check)
     states: list[RequestState] = []
 
     def arrivals() -> Process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import simpy
 
@@ -50,6 +51,7 @@ class Replica:
         backend: Backend,
         *,
         pinned: Sequence[int] = (),
+        registered: Sequence[int] = (),
         check: bool = False,
     ) -> None:
         self.env = env
@@ -71,15 +73,21 @@ class Replica:
         self._flying: Flight | None = None
         self._gpu_free_s = 0.0
         self._lane_moves: list[Move] = []
-        self._preload(pinned)
+        self._preload(pinned, registered)
 
     def _cost(self, adapter: int) -> float:
         """What bringing an adapter back costs, up to a factor: its bytes go with its rank."""
         shape = self.catalogue[adapter]
         return float(shape.rank * len(shape.target_modules))
 
-    def _preload(self, pinned: Sequence[int]) -> None:
-        """Pinned adapters are there before the first request, as those named on an engine's command line are."""
+    def _preload(self, pinned: Sequence[int], registered: Sequence[int]) -> None:
+        """Pinned and registered adapters are there before the first request, as those named on an engine's command line are."""
+        for adapter in registered:
+            self.manager.bring(adapter)
+        for move in self.manager.take():
+            self._carry_out(move, self.env.now)
+        self.uses.clear()
+        self.moves.clear()
         for adapter in pinned:
             self.manager.bring(adapter)
             self.manager.pin(adapter)
@@ -132,6 +140,8 @@ class Replica:
 
     def _launch(self, plan: StepPlan) -> Flight:
         adapters = list(dict.fromkeys(i.state.adapter for i in plan.scheduled if i.state.adapter != BASE))
+        if self.config.lora_order == "set":
+            adapters.sort(key=lambda adapter: crc32(str(adapter).encode()))
         moves = self._touch(adapters)
         stage_s, copy_s = 0.0, 0.0
         for move in moves:

@@ -16,8 +16,8 @@ from backend.errors import BackendError
 from backend.features import DECODES_AT_ONCE, PREFILL_TILE, TILES_AT_ONCE, StepFeatures
 from backend.fitting import accuracy, composition, features_of, with_features
 from backend.measure import refit_profile
-from backend.predictor import fit_predictor
 from backend.profile import load_profile, measured_steps
+from backend.regression import Engine, Measured, fit_predictor
 from sim.cli import main
 
 MEASURED = Path(str(files("backend"))) / "profiles" / "h100-llama-3.1-8b"
@@ -76,7 +76,8 @@ def test_planted_attention_comes_back() -> None:
         return 5e-3 + 1e-5 * f.rows + 4e-8 * f.kv_tokens + 2e-8 * (f.kv_tail + idle) + 9e-8 * f.prefill_keys
 
     device_s = np.array([device(f) for f in steps])
-    predictor = fit_predictor(steps, device_s, np.full(len(steps), 1e-3), (8, 32, 64))
+    host_s = np.full(len(steps), 1e-3)
+    predictor = fit_predictor(Measured(tuple(steps), device_s, host_s, 0 * host_s), Engine((8, 32, 64)))
     for f in (step([1] * 64, [8000] + [10] * 63), step([1] * 32, [4000] * 16 + [30] * 16), step([1] * 8, [7777] * 8)):
         assert sum(predictor.predict(f)[:2]) == pytest.approx(device(f) + 1e-3, rel=0.01)
 

@@ -1,0 +1,195 @@
+"""Fit a predictor to measured steps: each regime by non-negative least squares on relative error (Lawson & Hanson; scipy)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from backend.errors import BackendError
+from backend.features import StepFeatures
+from backend.predictor import BOUNDED, TERMS, FloatArray, Predictor, Regime, host_terms
+
+_LEAN = frozenset({"prefill_keys", "active_adapters"})
+"""Those that a sparse table, of one rank and one context, can tell apart."""
+
+WAITED_S = 0.005
+"""A step whose device was waited for longer than this after the launches was bound by the device."""
+
+_HOST_STEPS = 10
+"""Steps of a regime below which its host seconds are not fitted."""
+
+_ENOUGH = 3
+"""Measured steps of a captured size that give it a knot of its own: base products do not cost what their neighbours' say."""
+
+
+def _nonnegative(
+    matrix: FloatArray, target: FloatArray, weight: FloatArray, fixed: Mapping[int, float]
+) -> tuple[float, ...]:
+    """Coefficients >= 0 of the least relative error; `fixed` ones are given, by column."""
+    from scipy.optimize import nnls
+
+    given = np.zeros(matrix.shape[1])
+    given[list(fixed)] = list(fixed.values())
+    rest = np.maximum(target - matrix @ given, 0.0)
+    free = np.array([i not in fixed for i in range(matrix.shape[1])])
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-30)
+    solution, _ = nnls((matrix / scale * weight[:, None])[:, free], rest * weight, maxiter=100 * matrix.shape[1])
+    given[free] = solution / scale[free]
+    return tuple(given.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What is known of an engine whose steps are fitted.
+
+    `seconds_per_key`: what reading one cached key costs, for sparse tables in which contexts do not vary: it is taken as
+    given, and only terms that such a table can tell apart are fitted. `lora_rows`: see `Regime`.
+    """
+
+    graph_sizes: tuple[int, ...]
+    seconds_per_key: float | None = None
+    lora_rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Measured steps and their seconds; of `host_s`, `launch_s` went into launches (0: not known)."""
+
+    steps: tuple[StepFeatures, ...]
+    device_s: FloatArray
+    host_s: FloatArray
+    launch_s: FloatArray
+
+    def at(self, chosen: Sequence[int]) -> Measured:
+        """Those at the positions `chosen`."""
+        index = np.array(chosen, dtype=int)
+        return Measured(
+            tuple(self.steps[i] for i in chosen), self.device_s[index], self.host_s[index], self.launch_s[index]
+        )
+
+
+def fit_regime(
+    measured: Measured, sizes: Sequence[int], knots: Sequence[int], lora_knots: Sequence[int], engine: Engine
+) -> Regime:
+    """Fit one regime to measured steps; relative errors of the whole step weigh alike."""
+    steps = measured.steps
+    ranges = {k: [float(getattr(f, k)) for f in steps] for k in BOUNDED}
+    low = {k: min(v) for k, v in ranges.items()}
+    high = {k: max(v) for k, v in ranges.items()}
+    empty = Regime(tuple(knots), tuple(lora_knots), (), (), low, high, (), engine.lora_rows)
+    matrix = np.array([empty.terms(f, size) for f, size in zip(steps, sizes, strict=True)])
+    weight = 1.0 / (measured.device_s + measured.host_s)
+    first = len(knots) + len(lora_knots)
+    given: dict[int, float] = {}
+    if engine.seconds_per_key is not None:
+        given = {first + i: 0.0 for i, name in enumerate(TERMS) if name not in _LEAN}
+        given[first] = engine.seconds_per_key
+    device = _nonnegative(matrix, measured.device_s, weight, given)
+    return replace(empty, device=device, host=fit_host(steps, measured.host_s, weight))
+
+
+def fit_host(steps: Sequence[StepFeatures], seconds: FloatArray, weight: FloatArray) -> tuple[float, ...]:
+    """Coefficients of `host_terms`."""
+    return _nonnegative(np.array([host_terms(f) for f in steps]), seconds, weight, {})
+
+
+def fit_predictor(measured: Measured, engine: Engine) -> Predictor:
+    """Fit every regime there are steps of; knots are the row counts of its base-only steps (`fit_regime`)."""
+    placing = Predictor(engine.graph_sizes, {})
+    placed = [placing.regime(f) for f in measured.steps]
+    regimes: dict[str, Regime] = {}
+    for name in ("decode", "mixed", "eager"):
+        chosen = [i for i, (regime, _) in enumerate(placed) if regime == name]
+        if not chosen:
+            continue
+        part, sizes = measured.at(chosen), [placed[i][1] for i in chosen]
+        base_only = _base_only(part, sizes)
+        if not base_only:
+            raise BackendError(f"a profile needs measured {name} steps without adapters beside those with")
+        if name == "eager":
+            regimes[name] = _fit_eager(part, _largest_captured(measured, placed, engine), engine)
+        else:
+            knots = sorted({*base_only, *(size for size, count in Counter(sizes).items() if count >= _ENOUGH)})
+            regimes[name] = fit_regime(part, sizes, knots, _thinned(base_only), engine)
+    if "eager" not in regimes:
+        raise BackendError("a profile needs measured steps beyond the captured sizes")
+    return Predictor(engine.graph_sizes, regimes)
+
+
+def _base_only(part: Measured, sizes: Sequence[int]) -> list[int]:
+    return sorted({size for size, f in zip(sizes, part.steps, strict=True) if not f.active_adapters})
+
+
+def _largest_captured(measured: Measured, placed: Sequence[tuple[str, int]], engine: Engine) -> Measured:
+    """The steps that were executed at the largest captured size: the same kernels as in larger steps."""
+    return measured.at(
+        [i for i, (name, size) in enumerate(placed) if name != "eager" and size == engine.graph_sizes[-1]]
+    )
+
+
+def _fit_eager(part: Measured, captured: Measured, engine: Engine) -> Regime:
+    """Steps launched kernel by kernel. Where launches were timed, a step whose device was waited for says what the device takes,
+    any other what the launches take; the device's share of the smaller ones lies between `captured` and those waited for.
+    """
+    if not part.launch_s.any():
+        sizes = [f.rows for f in part.steps]
+        base_only = _base_only(part, sizes)
+        return fit_regime(part, sizes, _thinned([min(sizes), *base_only]), _thinned(base_only), engine)
+    busy, host_s = part.launch_s + part.device_s, part.host_s - part.launch_s
+    bound = part.device_s > WAITED_S
+    slow = part.at(np.flatnonzero(bound).tolist())
+    steps = (*captured.steps, *slow.steps)
+    device_s = np.concatenate([captured.device_s, busy[bound]])
+    sizes = [f.rows for f in steps]
+    joined = Measured(steps, device_s, np.zeros(len(steps)), np.zeros(len(steps)))
+    plain = _thinned(_base_only(joined, sizes))
+    adapted = _thinned(sorted({f.rows for f in steps if f.active_adapters}))
+    if not plain or bound.all():
+        raise BackendError(
+            "a profile from launches needs larger steps without adapters that the device bounds, and some that it does not"
+        )
+    regime = fit_regime(joined, sizes, plain, adapted or plain, engine)
+    fast = part.at(np.flatnonzero(~bound).tolist())
+    weight = 1.0 / (busy + host_s)
+    return replace(
+        regime,
+        host=fit_host(part.steps, host_s, weight),
+        launch=fit_host(fast.steps, busy[~bound], weight[~bound]),
+        high={key: float(max(getattr(f, key) for f in part.steps)) for key in BOUNDED},
+    )
+
+
+def _thinned(rows: Sequence[int]) -> list[int]:
+    """Knots at least a factor 1.3 apart."""
+    kept: list[int] = []
+    for value in rows:
+        if not kept or value >= 1.3 * kept[-1] or value == rows[-1]:
+            kept.append(value)
+    return kept
+
+
+def with_host_of(predictor: Predictor, measured: Measured) -> Predictor:
+    """`predictor` with the host's seconds fitted to `measured` alone: another machine's CPU under the same GPU.
+
+    Regimes of which `measured` has fewer than `_HOST_STEPS` steps keep theirs.
+    """
+    placed = [predictor.regime(f)[0] for f in measured.steps]
+    regimes = dict(predictor.regimes)
+    for name, regime in predictor.regimes.items():
+        part = measured.at([i for i, placed_at in enumerate(placed) if placed_at == name])
+        if len(part.steps) < _HOST_STEPS:
+            continue
+        # Seconds of a host scatter widely: weights that are alike keep their sum, relative ones would favour the fast steps.
+        weight = np.ones(len(part.steps))
+        if not regime.launch:
+            regimes[name] = replace(regime, host=fit_host(part.steps, part.host_s, weight))
+            continue
+        fast = np.flatnonzero(part.device_s <= WAITED_S)
+        busy = (part.launch_s + part.device_s)[fast]
+        launch = fit_host(part.at(fast.tolist()).steps, busy, weight[fast]) if len(fast) else regime.launch
+        host = fit_host(part.steps, part.host_s - part.launch_s, weight)
+        regimes[name] = replace(regime, host=host, launch=launch)
+    return Predictor(predictor.graph_sizes, regimes)

@@ -1,0 +1,121 @@
+"""A profile against a measured run: accuracy that must not drop, orders of adapters, and what bad files say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from backend.base import StepBatch
+from backend.features import StepFeatures
+from backend.fitting import measured
+from backend.profile import load_profile
+from backend.regression import with_host_of
+from backend.step_logs import read_steps
+from sim.cli import main
+from sim.closed_loop import read_trace, replayed
+from sim.config import EngineConfig
+from sim.errors import ScenarioError
+from sim.validate import Run, pair, validate
+
+GOLDEN = Path(__file__).parent / "golden" / "vllm_h100"
+REQUESTS, STEPS = GOLDEN / "ml8_rate8_requests.csv", GOLDEN / "ml8_rate8_steps.csv"
+PROFILE = load_profile("vllm-0.24-h100-llama-3.1-8b")
+
+
+def test_accuracy_on_a_real_run_does_not_drop() -> None:
+    """A run with 8 slots on another machine than the profile's grids, which had 32."""
+    result = validate(Run(REQUESTS, STEPS, 8), PROFILE, rank=16)
+    assert result.steps is not None
+    steps = result.steps.set_index("composition")
+    assert steps.loc["all", "mape"] < 0.065
+    assert steps.loc["all", "device_mape"] < 0.025
+    loop = result.loop.set_index("metric")
+    for metric, most in (
+        ("output_throughput", 0.03),
+        ("mean_tpot_ms", 0.06),
+        ("mean_ttft_ms", 0.10),
+        ("activations", 0.1),
+    ):
+        assert abs(loop.loc[metric, "blind_error"]) < most, metric
+        assert abs(loop.loc[metric, "host_fitted_error"]) < most, metric
+
+
+def test_the_order_of_a_step_s_adapters_decides_what_is_reloaded() -> None:
+    trace = read_trace(REQUESTS, STEPS)
+    loads = {}
+    for order in ("requests", "set"):
+        config = EngineConfig(max_loras=8, max_cpu_loras=64, enable_prefix_caching=False, lora_order=order)
+        loads[order] = replayed(trace, PROFILE, config, 27759, 16).adapters["activations"].sum()
+    real = trace.steps["activations"].sum() if trace.steps is not None else 0
+    assert loads["requests"] < 0.8 * real
+    assert loads["set"] == pytest.approx(real, rel=0.1)
+
+
+def test_registered_adapters_are_there_and_not_counted() -> None:
+    config = EngineConfig(max_loras=32, max_cpu_loras=64, enable_prefix_caching=False)
+    tables = replayed(read_trace(REQUESTS, None), PROFILE, config, 26655, 16)
+    assert tables.adapters["activations"].sum() == 0
+    assert tables.adapters["hits"].sum() == tables.adapters["step_uses"].sum() > 0
+
+
+def test_a_slower_host_is_learnt_from_a_log_and_the_gpu_stays() -> None:
+    log = read_steps([STEPS], 16, "log")
+    slower = log.assign(host_s=3 * log["host_s"], launch_s=3 * log["launch_s"])
+    mine, other = (with_host_of(PROFILE.predictor, measured(table)) for table in (log, slower))
+    decode = StepFeatures.of(StepBatch((1,) * 20, (500,) * 20, (0,) * 20, (True,) * 20), {0: 16})
+    assert other.predict(decode)[0] == mine.predict(decode)[0] == PROFILE.predictor.predict(decode)[0]
+    assert other.predict(decode)[1] == pytest.approx(3 * mine.predict(decode)[1], rel=1e-6)
+
+
+def test_launches_and_gpu_go_side_by_side() -> None:
+    def seconds(tokens: int) -> float:
+        features = StepFeatures.of(StepBatch((tokens,), (0,), (0,), (True,)), {0: 16})
+        return sum(PROFILE.predictor.predict(features)[:2])
+
+    assert seconds(512) == pytest.approx(seconds(1024), rel=0.01)  # bound by the launches
+    assert seconds(8192) > 2 * seconds(1024)  # bound by the GPU
+
+
+def test_host_seconds_of_few_steps_are_not_fitted() -> None:
+    few = read_steps([STEPS], 16, "log").iloc[:3]
+    assert with_host_of(PROFILE.predictor, measured(few)) == PROFILE.predictor
+
+
+def test_bad_files_and_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "x_requests.csv"
+    bad.write_text(REQUESTS.read_text().replace("adapter_id", "adapter", 1))
+    assert main(["validate", "--trace", str(bad), "--max-loras", "8"]) == 2
+    assert "has no column adapter_id" in capsys.readouterr().err
+    table = pd.read_csv(REQUESTS)
+    table["prompt_tokens"] = table["prompt_tokens"].astype(object)
+    table.loc[1, "prompt_tokens"] = "many"
+    table.to_csv(bad, index=False)
+    assert main(["validate", "--trace", str(bad), "--max-loras", "8"]) == 2
+    assert "x_requests.csv:3: prompt_tokens is many" in capsys.readouterr().err
+    assert main(["validate", "--trace", str(tmp_path / "none.csv"), "--max-loras", "8"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main(["validate", "--trace", str(REQUESTS), "--max-loras", "8", "--fit-host-s", "0"]) == 2
+    assert "--fit-host-s" in capsys.readouterr().err
+    with pytest.raises(ScenarioError, match="one for each"):
+        pair([REQUESTS, REQUESTS], [STEPS], [8])
+    with pytest.raises(ScenarioError, match="--max-loras"):
+        pair([REQUESTS], [STEPS], [8, 16])
+
+
+def test_validate_prints_steps_and_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["validate", "--trace", str(REQUESTS), "--steps", str(STEPS), "--max-loras", "8", "--fit-host-s", "10"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "host_fitted_error" in out
+    assert "with prompts" in out
+
+
+def test_a_predictor_keeps_launches_in_its_file() -> None:
+    again = type(PROFILE.predictor).from_json(PROFILE.predictor.to_json())
+    features = StepFeatures.of(StepBatch((600,), (0,), (-1,), (True,)), {})
+    assert np.allclose(again.predict(features)[:2], PROFILE.predictor.predict(features)[:2])
+    assert replace(PROFILE, name="x").predictor.regimes["eager"].launch
