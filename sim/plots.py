@@ -10,8 +10,6 @@ import numpy as np
 from sim.metrics import latencies
 
 if TYPE_CHECKING:
-    from typing import TextIO
-
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -22,7 +20,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 """Okabe and Ito's palette: told apart by colour-blind readers."""
 
 
-def run_figure(tables: RunTables, caption: str, file: Path | TextIO) -> None:
+def run_figure(tables: RunTables, caption: str, file: Path) -> None:
     """Queue and batch, KV use and adapter loads over time, and the latency distribution; `caption` says of what."""
     import matplotlib as mpl
 
@@ -51,18 +49,15 @@ def run_figure(tables: RunTables, caption: str, file: Path | TextIO) -> None:
     _save(figure, file)
 
 
-def _save(figure: Figure, file: Path | TextIO) -> None:
-    """As PNG or SVG by the file's name; as SVG into an open text file."""
+def _save(figure: Figure, file: Path) -> None:
+    """As PNG or SVG by the file's name."""
     from matplotlib import pyplot as plt
 
-    if isinstance(file, Path):
-        figure.savefig(file, dpi=120)
-    else:
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
 
 
-def tenant_figure(tenants: pd.DataFrame, caption: str, file: Path | TextIO) -> None:
+def tenant_figure(tenants: pd.DataFrame, caption: str, file: Path) -> None:
     """TTFT of the adapters that wait longest, and each adapter's longest wait against its share of the tokens."""
     import matplotlib as mpl
 

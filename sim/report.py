@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -52,7 +51,7 @@ def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, obje
 
 
 def report(folder: Path) -> list[Path]:
-    """Write `report.html` into a run directory or a sweep, and for a run `timeline.json` and `tenants.parquet`, too."""
+    """Write `report.html` into a run directory or a sweep; for a run also `timeline.json`, `tenants.parquet` and figures."""
     if (folder / "results.parquet").is_file():
         return [_write(folder / "report.html", _sweep_page(folder))]
     tables, summary, scenario = read_run(folder)
@@ -62,8 +61,14 @@ def report(folder: Path) -> list[Path]:
     tenants = tenant_table(tables)
     tenants.to_parquet(folder / "tenants.parquet", index=False)
     trace = json.dumps(timeline(tables, max_loras, title), separators=(",", ":"))
-    page = _page(title, _run_body(tables, summary, tenants, title))
-    return [_write(folder / "report.html", page), _write(folder / "timeline.json", trace), folder / "tenants.parquet"]
+    figures = [folder / "figure", folder / "tenants"]
+    page = _page(title, _run_body(tables, summary, tenants, title, figures))
+    written = [
+        _write(folder / "report.html", page),
+        _write(folder / "timeline.json", trace),
+        folder / "tenants.parquet",
+    ]
+    return written + [stem.with_suffix(suffix) for stem in figures for suffix in (".png", ".svg")]
 
 
 def _write(file: Path, text: str) -> Path:
@@ -80,7 +85,9 @@ def _page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def _run_body(tables: RunTables, summary: dict[str, object], tenants: pd.DataFrame, title: str) -> list[str]:
+def _run_body(
+    tables: RunTables, summary: dict[str, object], tenants: pd.DataFrame, title: str, figures: list[Path]
+) -> list[str]:
     caption = title + _profile(summary)
     starving = [str(name) for name in tenants.loc[tenants["starves"], "name"]]
     said = f"Starving: {', '.join(starving)}." if starving else "No adapter starves."
@@ -89,9 +96,9 @@ def _run_body(tables: RunTables, summary: dict[str, object], tenants: pd.DataFra
         "<h2>In short</h2>",
         _table(pd.DataFrame(_short(summary), columns=["", "mean", "p50", "p90", "p99"])),
         "<h2>Over time</h2>",
-        _figure(lambda file: run_figure(tables, caption, file), caption),
+        _figure(lambda file: run_figure(tables, caption, file), caption, figures[0]),
         f"<h2>Per adapter</h2><p>{html.escape(said)} Jain's index of the waits: {_cell(summary.get('jain_wait'))}.</p>",
-        _figure(lambda file: tenant_figure(tenants, caption, file), caption),
+        _figure(lambda file: tenant_figure(tenants, caption, file), caption, figures[1]),
         _table(shown.drop(columns=["starves"]).map(_cell), marked=shown["starves"].tolist()),
         f"<p>{len(shown)} of {len(tenants)} adapters, worst P99 TTFT first; all are in tenants.parquet.</p>",
         "<h2>All numbers</h2>",
@@ -137,11 +144,13 @@ def _sweep_page(folder: Path) -> str:
     return _page(title, [*body, _table(results[shown].map(_cell))])
 
 
-def _figure(draw: object, caption: str) -> str:
-    buffer = io.StringIO()
-    assert callable(draw)
-    draw(buffer)
-    return f"<figure>{_inline(buffer.getvalue())}<figcaption>{html.escape(caption)}</figcaption></figure>"
+def _figure(draw: Callable[[Path], None], caption: str, stem: Path) -> str:
+    """The drawing as a part of the page; it also lies beside it as PNG and SVG."""
+    svg = stem.with_suffix(".svg")
+    draw(stem.with_suffix(".png"))
+    draw(svg)
+    text = _inline(svg.read_text(encoding="utf-8"))
+    return f"<figure>{text}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _inline(svg: str) -> str:

@@ -173,6 +173,10 @@ def test_the_command_names_what_it_wrote(
         "report.html",
         "timeline.json",
         "tenants.parquet",
+        "figure.png",
+        "figure.svg",
+        "tenants.png",
+        "tenants.svg",
     ]
     assert main(["report", str(tmp_path)]) == 2
     assert "not a run directory of this version" in capsys.readouterr().err
