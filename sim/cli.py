@@ -221,6 +221,14 @@ def table(summary: dict[str, object]) -> str:
         ),
         f"steps     {show('steps', 'd')}, executed on a device {show('steps_executed_on_device', 'd')}",
     ]
+    if "replica_hours" in summary:
+        lines.append(
+            f"fleet     {show('replicas', 'd')} replicas, {show('replica_hours', '.2f')} replica hours, router"
+            f" {summary['router']}, placement {summary['placement']}; requests started over {show('requeues', 'd')}"
+            f" with {show('lost_tokens', 'd')} tokens"
+        )
+    if "cost_usd" in summary:
+        lines.append(f"cost      {show('cost_usd', '.2f')} USD")
     if "profile_mape" in summary:
         lines.append(
             f"profile   {summary['profile_gpu']}: MAPE {show('profile_mape', '.1%')}, p95 {show('profile_p95', '.1%')} on"

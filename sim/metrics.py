@@ -48,6 +48,7 @@ def summarise(tables: RunTables) -> dict[str, float | int | None]:
     output = int(finished["tokens_emitted"].sum())
     inputs = int(finished["prompt_tokens"].sum())
     uses = int(a["step_uses"].sum())
+    engines = max(1, s["replica"].nunique()) if "replica" in s else 1
     blocks = (s["used_blocks"] + s["free_blocks"]).clip(lower=1)
     usage = s["used_blocks"] / blocks
     scheduled = r[r["first_scheduled_s"].notna()]
@@ -79,7 +80,7 @@ def summarise(tables: RunTables) -> dict[str, float | int | None]:
         "longest_wait_s": float(waits.max()) if len(r) else None,
         "jain_wait": jain(1.0 / (1e-3 + mean_wait)) if len(r) else None,
         "steps": len(s),
-        "load_share": float(s["load_s"].sum()) / duration,
+        "load_share": float(s["load_s"].sum()) / duration / engines,
         "extrapolated_share": float(s["extrapolated"].mean()) if len(s) else None,
     }
 

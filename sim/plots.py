@@ -30,11 +30,19 @@ def run_figure(tables: RunTables, caption: str, file: Path) -> None:
     s = tables.steps
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     queue, memory, loads, ttft = axes.flat
-    queue.plot(s["start_s"], s["running"], color=BLUE, label="running")
-    queue.plot(s["start_s"], s["waiting"], color=ORANGE, linestyle="--", label="waiting")
-    queue.set(xlabel="time (s)", ylabel="requests", title="Batch and queue")
+    engines = [part for _, part in s.groupby("replica")] if "replica" in s else [s]
+    for i, part in enumerate(engines):
+        label = "" if i == 0 else "_"  # one entry of the legend for all engines
+        queue.plot(part["start_s"], part["running"], color=BLUE, label=f"{label}running")
+        queue.plot(part["start_s"], part["waiting"], color=ORANGE, linestyle="--", label=f"{label}waiting")
+        blocks = (part["used_blocks"] + part["free_blocks"]).clip(lower=1)
+        memory.plot(part["start_s"], 100 * part["used_blocks"] / blocks, color=GREEN)
+    queue.set(
+        xlabel="time (s)",
+        ylabel="requests",
+        title="Batch and queue" + (", a line per replica" if len(engines) > 1 else ""),
+    )
     queue.legend(frameon=False)
-    memory.plot(s["start_s"], 100 * s["used_blocks"] / (s["used_blocks"] + s["free_blocks"]).clip(lower=1), color=GREEN)
     memory.set(xlabel="time (s)", ylabel="KV blocks used (%)", title="KV cache", ylim=(0, 100))
     loads.step(s["start_s"], s["activations"].cumsum(), color=BLUE, label="host → slot", where="post")
     loads.step(s["start_s"], s["stages"].cumsum(), color=ORANGE, linestyle="--", label="disk → host", where="post")

@@ -43,7 +43,9 @@ def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, obje
         frames = {
             name: pd.read_parquet(folder / f"{name}.parquet") for name in ("requests", "steps", "adapters", "moves")
         }
-        return RunTables(horizon_s=float(summary["duration_s"]), **frames), summary, scenario
+        file = folder / "replicas.parquet"
+        replicas = pd.read_parquet(file) if file.is_file() else None
+        return RunTables(horizon_s=float(summary["duration_s"]), **frames, replicas=replicas), summary, scenario
     except (OSError, ValueError, KeyError) as error:
         raise ScenarioError(
             f"{folder}: not a run directory of this version ({error}); run the scenario again"

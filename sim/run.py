@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from backend.base import EngineLimits
+from backend.base import Backend, EngineLimits
 from backend.factory import open_backend
 from backend.geometry import load_geometry
 from sim import run_dir
@@ -16,10 +17,16 @@ from sim.catalogue import catalogue_of, drawn_from, pinned_ids
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
+from sim.fleet import Fleet
+from sim.fleet_tables import fleet_tables
 from sim.metrics import summarise
 from sim.scenario import Scenario, load_scenario
 from sim.tables import RunTables
+from workloads.adapters import Catalogue
 from workloads.build import build_workload
+from workloads.workload import Workload
+
+OnStep = Callable[[float, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,35 +89,14 @@ def execute(scenario: Scenario, *, progress: bool = False) -> tuple[RunTables, d
     )
     catalogue = catalogue_of(scenario, workload, geometry)
     pinned = pinned_ids(scenario, catalogue)
-    opened = open_backend(
-        scenario.backend,
-        geometry=geometry,
-        limits=limits_of(scenario.engine),
-        profile=scenario.profile,
-        gpu_bytes=None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30)),
-        seed=scenario.seed,
-    )
-    try:
-        with tqdm(total=len(workload.requests), unit="req", disable=not progress, delay=2) as bar:
+    with tqdm(total=len(workload.requests), unit="req", disable=not progress, delay=2) as bar:
 
-            def advance(_: float, finished: int) -> None:
-                if finished >= 0:
-                    bar.update(finished - bar.n)
+        def advance(_: float, finished: int) -> None:
+            if finished >= 0:
+                bar.update(finished - bar.n)
 
-            tables = simulate(
-                workload.requests,
-                catalogue,
-                scenario.engine,
-                opened,
-                pinned=pinned,
-                check=scenario.check,
-                horizon_s=scenario.horizon_s,
-                on_step=advance,
-            )
-        executed = getattr(opened, "steps_executed", 0)
-        blocks = opened.capacity().num_gpu_blocks
-    finally:
-        opened.close()
+        play = _one_engine if scenario.fleet.single else _fleet
+        tables, blocks, executed = play(scenario, workload, catalogue, pinned, advance)
     sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
     tables.adapters.insert(3, "nbytes", sizes)
     summary: dict[str, object] = {
@@ -120,9 +106,87 @@ def execute(scenario: Scenario, *, progress: bool = False) -> tuple[RunTables, d
         "num_gpu_blocks": blocks,
         "steps_executed_on_device": executed,
         **summarise(tables),
+        **fleet_facts(scenario, tables),
         **profile_facts(scenario),
     }
     return tables, summary, workload.notes
+
+
+Played = tuple[RunTables, int, int]
+"""Tables, KV blocks of an engine, and steps that a device executed."""
+
+
+def open_engine(scenario: Scenario) -> Backend:
+    """A backend as the scenario says."""
+    return open_backend(
+        scenario.backend,
+        geometry=load_geometry(scenario.geometry),
+        limits=limits_of(scenario.engine),
+        profile=scenario.profile,
+        gpu_bytes=None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30)),
+        seed=scenario.seed,
+    )
+
+
+def _one_engine(
+    scenario: Scenario, workload: Workload, catalogue: Catalogue, pinned: tuple[int, ...], advance: OnStep
+) -> Played:
+    opened = open_engine(scenario)
+    try:
+        tables = simulate(
+            workload.requests,
+            catalogue,
+            scenario.engine,
+            opened,
+            pinned=pinned,
+            check=scenario.check,
+            horizon_s=scenario.horizon_s,
+            on_step=advance,
+        )
+        return tables, opened.capacity().num_gpu_blocks, getattr(opened, "steps_executed", 0)
+    finally:
+        opened.close()
+
+
+def _fleet(
+    scenario: Scenario, workload: Workload, catalogue: Catalogue, pinned: tuple[int, ...], advance: OnStep
+) -> Played:
+    if scenario.backend != "profile":
+        raise ScenarioError(f"fleet: needs backend.kind profile, is {scenario.backend}: one machine is not a fleet")
+    fleet = Fleet(
+        workload.requests,
+        catalogue,
+        scenario.engine,
+        lambda: open_engine(scenario),
+        scenario.fleet,
+        pinned=pinned,
+        check=scenario.check,
+        seed=scenario.seed,
+    )
+
+    def watch(fleet: Fleet) -> bool:
+        advance(fleet.env.now, sum(ticket.state.finish_s is not None for ticket in fleet.tickets))
+        return False
+
+    fleet.run(scenario.horizon_s, watch, every=4096)
+    return fleet_tables(fleet), open_engine(scenario).capacity().num_gpu_blocks, 0
+
+
+def fleet_facts(scenario: Scenario, tables: RunTables) -> dict[str, object]:
+    """What a fleet amounts to beyond its requests; `cost_usd` where a price is given."""
+    price = None if scenario.profile is None else scenario.cost.of(scenario.profile)
+    if tables.replicas is None:
+        return {} if price is None else {"cost_usd": price * tables.horizon_s / 3600}
+    hours = float(tables.replicas["paid_s"].sum()) / 3600
+    facts: dict[str, object] = {
+        "router": scenario.fleet.router,
+        "placement": scenario.fleet.placement,
+        "replicas": len(tables.replicas),
+        "replica_hours": hours,
+        "requeues": int(tables.requests["requeues"].sum()),
+        "lost_tokens": int(tables.requests["lost_tokens"].sum()),
+    }
+    return facts if price is None else {**facts, "cost_usd": price * hours}
 
 
 def profile_facts(scenario: Scenario) -> dict[str, object]:

@@ -46,6 +46,8 @@ def write(out: Path, scenario: Scenario, tables: RunTables, summary: Mapping[str
         tables.steps.to_parquet(folder / "steps.parquet", index=False)
         tables.adapters.to_parquet(folder / "adapters.parquet", index=False)
         tables.moves.to_parquet(folder / "moves.parquet", index=False)
+        if tables.replicas is not None:
+            tables.replicas.to_parquet(folder / "replicas.parquet", index=False)
         run_figure(tables, caption, folder / "figure.png")
 
     publish(out, fill)

@@ -14,6 +14,7 @@ from backend.geometry import SHIPPED
 from backend.profile import shipped_profiles
 from sim.config import EngineConfig
 from sim.errors import ScenarioError
+from sim.fleet_config import FleetConfig, fleet_of
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("geometry",),
@@ -22,11 +23,25 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "workload": (),
     "backend": ("kind", "profile", "gpu_memory_gib"),
     "slo": ("p99_ttft_ms", "p99_tpot_ms"),
+    "fleet": tuple(f.name for f in fields(FleetConfig)),
+    "cost": ("gpu_hour_usd", "model_load_gb_s"),
     "run": ("seed", "horizon_s", "check"),
 }
 """Tables and their keys; `[workload]` is checked where it is built."""
 
 _TYPES = {f.name: str(f.type) for f in fields(EngineConfig)}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the user pays: `gpu_hour_usd` by profile, under "" for any; `model_load_gb_s` where a profile lacks it."""
+
+    gpu_hour_usd: Mapping[str, float]
+    model_load_gb_s: float | None = None
+
+    def of(self, profile: str) -> float | None:
+        """USD per hour of the profile's GPU; None if it was not given."""
+        return self.gpu_hour_usd.get(profile, self.gpu_hour_usd.get(""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +61,8 @@ class Scenario:
     profile: str | None
     gpu_memory_gib: float | None
     slo: Mapping[str, float]
+    fleet: FleetConfig
+    cost: Cost
     seed: int
     horizon_s: float | None
     check: bool
@@ -73,10 +90,17 @@ class Scenario:
             "workload": workload,
             "backend": backend,
             "slo": dict(self.slo),
+            "fleet": self.fleet.to_table(),
+            "cost": self._cost_table(),
             "run": {"seed": self.seed, "horizon_s": self.horizon_s, "check": self.check},
         }
         kept = {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
         return {name: table for name, table in kept.items() if table}
+
+    def _cost_table(self) -> dict[str, object]:
+        prices = self.cost.gpu_hour_usd
+        price = prices[""] if list(prices) == [""] else dict(prices) or None
+        return {"gpu_hour_usd": price, "model_load_gb_s": self.cost.model_load_gb_s}
 
 
 def find(name_or_path: str) -> Path:
@@ -138,6 +162,8 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
         profile=None if profile is None else _locate(profile, shipped_profiles(), base_dir),
         gpu_memory_gib=get.number("backend", "gpu_memory_gib", above=0),
         slo={key: float(get.number("slo", key, above=0) or 0) for key in get.table("slo")},
+        fleet=fleet_of(get.table("fleet")),
+        cost=Cost(_prices(get), get.number("cost", "model_load_gb_s", above=0)),
         seed=int(get.number("run", "seed", whole=True, above=-1) or 0),
         horizon_s=get.number("run", "horizon_s", above=0),
         check=get.flag("run", "check") or False,
@@ -172,6 +198,16 @@ def _folder(get: _Reader, base_dir: Path) -> str | None:
                 f"adapters.{key} and adapters.folder: give one of them, the folder's adapters have their own"
             )
     return str((base_dir / folder).resolve())
+
+
+def _prices(get: _Reader) -> dict[str, float]:
+    """`cost.gpu_hour_usd`: one price, or a table of prices by profile."""
+    table = get.table("cost").get("gpu_hour_usd")
+    if not isinstance(table, dict):
+        price = get.number("cost", "gpu_hour_usd", above=0)
+        return {} if price is None else {"": float(price)}
+    nested = _Reader({"cost.gpu_hour_usd": table})
+    return {profile: float(nested.number("cost.gpu_hour_usd", profile, above=0) or 0) for profile in table}
 
 
 def _ranks(table: Mapping[str, object]) -> tuple[int, ...]:

@@ -65,13 +65,17 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class RunTables:
-    """A run's result: one row per request, step, adapter and adapter move, and the clock at the end."""
+    """A run's result: one row per request, step, adapter and adapter move, and the clock at the end.
+
+    `replicas`: one row per replica of a fleet (`sim.fleet_tables`); None for a single engine.
+    """
 
     requests: pd.DataFrame
     steps: pd.DataFrame
     adapters: pd.DataFrame
     horizon_s: float
     moves: pd.DataFrame = field(default_factory=lambda: row_table([], MoveRow))
+    replicas: pd.DataFrame | None = None
 
 
 def request_table(states: Iterable[RequestState], running: set[int]) -> pd.DataFrame:

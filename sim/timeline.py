@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sim.tables import RunTables
 
@@ -62,5 +63,18 @@ def _moves(tables: RunTables, names: dict[int, str]) -> Iterator[Event]:
 def timeline(tables: RunTables, max_loras: int, title: str) -> Event:
     """The trace as plain data: timestamps and lengths in microseconds of the simulated clock."""
     names = dict(zip(tables.adapters["adapter"], tables.adapters["name"], strict=True))
-    events = [*_names(max_loras, title), *_steps(tables), *_moves(tables, names)]
+    events: list[Event] = []
+    for i, (name, engine) in enumerate(_engines(tables, title)):
+        lanes = [*_names(max_loras, name), *_steps(engine), *_moves(engine, names)]
+        events += [event | {"pid": PROCESS + i} for event in lanes]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _engines(tables: RunTables, title: str) -> Iterator[tuple[str, RunTables]]:
+    """Each engine's own steps and moves, and what its process is called."""
+    if tables.replicas is None:
+        yield title, tables
+        return
+    for index in tables.replicas["replica"]:
+        steps, moves = (frame[frame["replica"] == index] for frame in (tables.steps, tables.moves))
+        yield f"replica {index}: {title}", replace(tables, steps=steps, moves=moves)
