@@ -30,7 +30,8 @@ class StepFeatures:
     together leave it as it is); `prefill_keys`, `prefill_tail`: the same of the tiles of all other requests' queries;
     `lora_rows`, `lora_tiles`, `active_adapters`; `rank_sum`, `max_rank`: of the ranks of the active adapters;
     `row_rank`: rows times their adapter's rank, added up; `decode_only`: every request computes one token; `after_prompts`: the
-    step before had others, so that an engine sets its batch up anew.
+    step before had others, so that an engine sets its batch up anew; `idle_slots`: of an engine whose LoRA kernels run over all
+    `max_loras` slots, those that no adapter of the step is in (0: not known).
     """
 
     rows: int
@@ -49,10 +50,13 @@ class StepFeatures:
     row_rank: int
     decode_only: bool
     after_prompts: bool = False
+    idle_slots: int = 0
 
     @classmethod
-    def of(cls, batch: StepBatch, slot_ranks: Mapping[int, int], *, after_prompts: bool = False) -> StepFeatures:
-        """Summarise `batch`; `slot_ranks` maps each used slot to the rank of its adapter."""
+    def of(
+        cls, batch: StepBatch, slot_ranks: Mapping[int, int], *, after_prompts: bool = False, max_loras: int = 0
+    ) -> StepFeatures:
+        """Summarise `batch`; `slot_ranks` maps each used slot to the rank of its adapter, `max_loras` are the engine's (0: not known)."""
         rows = prefill_keys = 0
         keys: list[int] = []
         tiles: list[int] = []
@@ -84,6 +88,7 @@ class StepFeatures:
             sum(count * slot_ranks[slot] for slot, count in per_slot.items()),
             len(keys) == len(batch.query_lens),
             after_prompts,
+            max(0, max_loras - len(per_slot)) if per_slot else 0,
         )
 
 

@@ -24,7 +24,7 @@ BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "ra
 
 TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
-    "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank",
+    "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank", "idle_slots",
 )  # fmt: skip
 """The terms after the two hats, in the order of `Regime.terms`; attention's come first."""
 
@@ -87,6 +87,7 @@ class Regime:
             f.max_rank,
             f.lora_tiles,
             f.row_rank,
+            f.idle_slots,
         ]
 
     def parts(self, f: StepFeatures, size: int) -> dict[str, float]:

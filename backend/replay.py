@@ -45,7 +45,9 @@ class ReplayBackend:
 
     def execute(self, batch: StepBatch) -> StepTiming:
         """The predicted time of the step."""
-        features = StepFeatures.of(batch, self.slot_ranks, after_prompts=self.after_prompts)
+        features = StepFeatures.of(
+            batch, self.slot_ranks, after_prompts=self.after_prompts, max_loras=self.limits.max_loras
+        )
         self.after_prompts = not features.decode_only
         device_s, host_s, extrapolated = self.profile.predictor.predict(features)
         return StepTiming(device_s, host_s, extrapolated)

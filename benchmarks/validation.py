@@ -1,6 +1,6 @@
 """`python -m benchmarks.validation --data DIR`: docs/validation.md and its figures, from measured runs of real vLLM.
 
-DIR has `vllm_h100/online/` (docs/validation.md says what they are). The shipped vLLM profile was made from the grids beside
+DIR has `vllm_h100/online/` and `real_vllm_runs/` (docs/validation.md says what they are). The shipped vLLM profile was made from the grids beside
 them, never from these runs.
 """
 
@@ -16,10 +16,12 @@ import pandas as pd
 from backend.errors import BackendError
 from backend.profile import load_profile
 from sim.errors import ScenarioError
+from sim.published import boundary, read_runs, smape
 from sim.validate import Run, Validation, validate
 
 PROFILE = "vllm-0.24-h100-llama-3.1-8b"
 RUNS = (("ml32_rate8", 32), ("ml32b_rate8", 32), ("ml8_rate8", 8), ("ml32_rate16", 32))
+RUNS_FILE = Path(__file__).parent / "results" / "published_runs.csv"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -106,16 +108,46 @@ TAIL = """## What is known of the errors
 - `max_loras` 8 is predicted from a profile of 32: the GPU's part comes out a few per cent too long, for the grids of the LoRA
   kernels grow with `max_loras`, which one grid at 32 does not show.
 - Step costs of 3 % MAPE over all steps are not reached, and P99 TTFT within 15 % is not reached on every run.
-
-## Not validated yet
-
-Runs of strangers (vLLM 0.8.5 and 0.5.0), feasibility boundaries, and optimum `max_loras` over their grids: not measured.
 """
+
+
+STRANGERS = """## Servers of strangers
+
+1 002 published runs of vLLM servers by other people (Agullo et al., arXiv 2508.08343), 783 of them of vLLM 0.8.5 on a 64 GB GPU that
+the memory model can judge: what each start did, and what was predicted (accidents such as ports in use are left out).
+"""
+
+PREDICTED_RUNS = """What their clients saw: step costs come from a tenth of the clean rows (ids in `sim/published_costs.json`; each step costs a
+constant, and so much a request, adapter, idle slot and prompt token), all else from the scheduler, the memory model and the
+published loads. `python -m benchmarks.published_runs --data DIR/real_vllm_runs --every 14 --out
+benchmarks/results/published_runs.csv` made the rows ({count} of the others, one seed, an hour simulated each); your own:
+
+```
+multilora validate --runs runs_public.csv --lengths lengths_reconstructed.csv --every 14
+```
+
+`smape`: mean of 2|p − m| / (p + m); `bias`: median of p / m − 1.
+"""
+
+NOT_YET = """## Not validated
+
+vLLM 0.5.0; several seeds with an interval; the optimum `max_loras` and the TTFT knee of each grid; the rows between every 14th. TTFT of the
+clients has an HTTP server in it that is not modelled.
+"""
+
+
+def strangers(data: Path, results: Path) -> str:
+    """The section on published runs, from DIR and from the rows that were predicted."""
+    parts = [STRANGERS, markdown(boundary(read_runs(data / "real_vllm_runs" / "runs_public.csv")), ()) + "\n"]
+    if results.is_file():
+        rows = pd.read_csv(results)
+        parts += [PREDICTED_RUNS.format(count=len(rows)), markdown(smape(rows), ("smape", "p90", "bias")) + "\n"]
+    return "\n".join([*parts, NOT_YET])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.validation", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with vllm_h100/online/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with vllm_h100/online/ and real_vllm_runs/")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write validation.md into (default: docs)")
     args = parser.parse_args(argv)
     folder = args.data / "vllm_h100" / "online"
@@ -123,12 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         profile = load_profile(PROFILE)
         runs = [Run(folder / f"{name}_requests.csv", folder / f"{name}_steps.csv", slots) for name, slots in RUNS]
         results = [validate(run, profile, rank=16) for run in runs]
+        text = document(results) + "\n" + strangers(args.data, RUNS_FILE)
     except (BackendError, ScenarioError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (args.docs / "images").mkdir(parents=True, exist_ok=True)
     figure(results, args.docs / "images" / "validation_steps.png")
-    text = document(results)
     (args.docs / "validation.md").write_text(text, encoding="utf-8")
     print(text)
     return 0

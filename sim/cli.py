@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
-from sim import curve_cli, workload_cli
+from sim import curve_cli, validate_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -61,24 +61,7 @@ def parser() -> argparse.ArgumentParser:
     curve_cli.add_verb(verbs)
     report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
     report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
-    validate = verbs.add_parser(
-        "validate", help="hold a profile against measured runs: every step, and in a closed loop"
-    )
-    validate.add_argument(
-        "--profile", default="vllm-0.24-h100-llama-3.1-8b", help="a shipped profile or a profile folder"
-    )
-    validate.add_argument("--trace", type=Path, nargs="+", required=True, metavar="REQUESTS", help="NAME_requests.csv")
-    validate.add_argument(
-        "--steps", type=Path, nargs="+", default=[], help="NAME_steps.csv of each, beside its schedule"
-    )
-    validate.add_argument("--max-loras", type=int, nargs="+", required=True, help="of each run, or of all")
-    validate.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
-    validate.add_argument(
-        "--fit-host-s",
-        type=float,
-        default=10.0,
-        help="seconds of a step log that the host's part is fitted to (default 10)",
-    )
+    validate_cli.add_verb(verbs)
     workload_cli.add_verbs(verbs)
     return top
 
@@ -144,21 +127,6 @@ def _measured(args: argparse.Namespace) -> Profile:
     from backend.measure import measure_profile
 
     return measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
-
-
-def _validate(args: argparse.Namespace) -> None:
-    from backend.profile import load_profile
-    from sim.validate import pair, validate
-
-    if not 0 < args.fit_host_s < float("inf"):
-        raise ScenarioError(f"--fit-host-s is {args.fit_host_s}, must be finite and > 0")
-    profile = load_profile(args.profile)
-    for run in pair(args.trace, args.steps, args.max_loras):
-        result = validate(run, profile, rank=args.rank, fit_host_s=args.fit_host_s)
-        print(f"{result.name}, max_loras {run.max_loras}, profile {args.profile}")
-        for table in (result.steps, result.loop):
-            if table is not None:
-                print(table.to_string(index=False, float_format=lambda v: f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -248,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sweep": _sweep,
             "curve": curve_cli.run,
             "report": _report,
-            "validate": _validate,
+            "validate": validate_cli.run,
             "workload": workload_cli.run,
         }[args.verb](args)
     except (ScenarioError, WorkloadError, BackendError) as error:
