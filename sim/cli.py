@@ -1,4 +1,4 @@
-"""The command line: `multilora run | sweep | curve | report | measure | workload`."""
+"""The command line: `multilora run | sweep | plan | curve | report | measure | workload`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backend.errors import BackendError
-from sim import workload_cli
+from sim import plan_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     curve.add_argument("--out", type=Path, help="the directory to make (default: a new one under runs/)")
     report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
     report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
+    plan_cli.add_verb(verbs)
     workload_cli.add_verbs(verbs)
     return top
 
@@ -228,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sweep": _sweep,
             "curve": _curve,
             "report": _report,
+            "plan": plan_cli.run,
             "workload": workload_cli.run,
         }[args.verb](args)
     except (ScenarioError, WorkloadError, BackendError) as error:
