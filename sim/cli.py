@@ -1,4 +1,4 @@
-"""The command line: `multilora run | sweep | curve | report | measure | validate | workload`."""
+"""The command line: `multilora run | sweep | plan | curve | report | measure | validate | workload`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
-from sim import curve_cli, validate_cli, workload_cli
+from sim import curve_cli, plan_cli, validate_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     curve_cli.add_verb(verbs)
     report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
     report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
+    plan_cli.add_verb(verbs)
     validate_cli.add_verb(verbs)
     workload_cli.add_verbs(verbs)
     return top
@@ -216,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sweep": _sweep,
             "curve": curve_cli.run,
             "report": _report,
+            "plan": plan_cli.run,
             "validate": validate_cli.run,
             "workload": workload_cli.run,
         }[args.verb](args)

@@ -97,7 +97,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(ScenarioError, match="demo-azure, demo-fleet, demo-servegen"):
+    with pytest.raises(ScenarioError, match="demo-azure, demo-fleet, demo-plan, demo-servegen"):
         find("demo-azur")
 
 

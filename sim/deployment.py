@@ -1,0 +1,208 @@
+"""A deployment that a plan considers, tried on traffic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from backend.base import AdapterShape, Backend, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
+from backend.geometry import ModelGeometry, load_geometry
+from backend.memory import memory_plan
+from backend.profile import Profile, load_profile
+from backend.replay import ReplayBackend
+from sim.config import EngineConfig
+from sim.fleet import Fleet
+from sim.fleet_config import FleetConfig, FleetEvent
+from sim.slo import FloatArray, Promise, Watch, attained, keeps, times_s, values_of
+from workloads.adapters import Catalogue
+from workloads.requests import RequestTable
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One seed's requests and the adapters that they name."""
+
+    requests: RequestTable
+    catalogue: Catalogue
+    pinned: tuple[int, ...] = ()
+
+    @property
+    def rate_rps(self) -> float:
+        """Requests per second between the first and the last arrival."""
+        times = self.requests.arrival_s
+        return (len(times) - 1) / max(1e-9, float(times[-1] - times[0])) if len(times) > 1 else 0.0
+
+    def faster(self, factor: float) -> Traffic:
+        """The same requests, `factor` times as fast: common random numbers for every rate and every deployment."""
+        return replace(self, requests=replace(self.requests, arrival_s=self.requests.arrival_s / factor))
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """`replicas` engines of one kind behind a router."""
+
+    geometry: str
+    profile: str
+    engine: EngineConfig
+    fleet: FleetConfig
+
+    @property
+    def replicas(self) -> int:
+        return self.fleet.replicas
+
+    def of(self, replicas: int) -> Deployment:
+        """The same with another number of replicas."""
+        return replace(self, fleet=replace(self.fleet, replicas=replicas))
+
+
+@dataclass(frozen=True, slots=True)
+class Relief:
+    """A what-if: steps that take `steps` times as long, `blocks` times the KV blocks, moves that take no time."""
+
+    steps: float = 1.0
+    blocks: float = 1.0
+    free_loads: bool = False
+    free_stages: bool = False
+    max_loras: int | None = None
+
+
+NO_RELIEF = Relief()
+
+
+class WhatIf:
+    """A backend under a `Relief`."""
+
+    needs_block_tables = False
+
+    def __init__(self, inner: Backend, relief: Relief) -> None:
+        self._inner = inner
+        self._relief = relief
+
+    def capacity(self) -> Capacity:
+        there = self._inner.capacity()
+        return replace(there, num_gpu_blocks=int(there.num_gpu_blocks * self._relief.blocks))
+
+    def stage(self, adapter: AdapterShape) -> LoadTiming:
+        timing = self._inner.stage(adapter)
+        return replace(timing, elapsed_s=0.0) if self._relief.free_stages else timing
+
+    def drop(self, adapter_id: int) -> None:
+        self._inner.drop(adapter_id)
+
+    def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
+        timing = self._inner.load(adapter, slot)
+        return replace(timing, elapsed_s=0.0) if self._relief.free_loads else timing
+
+    def execute(self, batch: StepBatch) -> StepTiming:
+        timing, factor = self._inner.execute(batch), self._relief.steps
+        return replace(timing, device_s=timing.device_s * factor, host_s=timing.host_s * factor)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@lru_cache(maxsize=256)
+def _parts(geometry: str, profile: str, limits: EngineLimits) -> tuple[Profile, ModelGeometry, int]:
+    shapes, loaded = load_geometry(geometry), load_profile(profile)
+    return loaded, shapes, memory_plan(shapes, limits, loaded.gpu_bytes).num_gpu_blocks
+
+
+def open_replica(deployment: Deployment, relief: Relief = NO_RELIEF) -> Backend:
+    """A backend for one replica. Raises `BackendError` for a model that does not fit."""
+    from sim.run import limits_of
+
+    limits = limits_of(deployment.engine)
+    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits)
+    if relief.max_loras is not None:  # more slots, at no cost in KV blocks
+        limits = replace(limits, max_loras=relief.max_loras)
+    inner = ReplayBackend(profile, shapes, limits, blocks)
+    return inner if relief == NO_RELIEF else WhatIf(inner, relief)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a deployment came to over all seeds.
+
+    `broken_early`: it was stopped when the promise could not be kept any more; the rest tells of what was seen until then.
+    `values`: what each limit is held against, over all requests; `by_seed`: the same for each seed.
+    """
+
+    kept: bool
+    broken_early: bool
+    attained: float
+    values: dict[str, float]
+    by_seed: list[dict[str, float]]
+    facts: dict[str, float]
+
+
+def attempt(
+    deployment: Deployment,
+    traffic: Sequence[Traffic],
+    promise: Promise,
+    *,
+    factor: float = 1.0,
+    relief: Relief = NO_RELIEF,
+    events: tuple[FleetEvent, ...] = (),
+    to_the_end: bool = False,
+) -> Trial:
+    """Try `deployment` on each seed's traffic, `factor` times as fast, all judged together.
+
+    `to_the_end`: do not stop when the promise is broken. Raises what `Fleet` raises for what cannot be served.
+    """
+    watch = Watch(promise, [n for t in traffic for n in t.requests.output_tokens.tolist()])
+    engine = deployment.engine
+    if relief.max_loras is not None:
+        host = max(relief.max_loras, engine.host_loras)
+        engine = replace(engine, max_loras=relief.max_loras, max_cpu_loras=host)
+    runs: list[Fleet] = []
+    for seed, seeded in enumerate(traffic):
+        faster = seeded.faster(factor)
+        fleet = Fleet(
+            faster.requests, seeded.catalogue, engine, lambda: open_replica(deployment, relief),
+            replace(deployment.fleet, events=events), pinned=seeded.pinned, seed=seed,
+        )  # fmt: skip
+        runs.append(fleet)
+        watch.next_run()
+        fleet.run(watch=None if to_the_end else watch)
+        if not (to_the_end or fleet.settled):
+            break
+    times = [times_s(fleet.tickets) for fleet in runs]
+    whole = {key: np.concatenate([part[key] for part in times]) for key in times[0]}
+    early = not all(fleet.settled for fleet in runs)
+    return Trial(
+        not early and keeps(promise, whole), early, attained(promise, whole), values_of(promise, whole),
+        [values_of(promise, part) for part in times], _facts(runs, whole),
+    )  # fmt: skip
+
+
+def _facts(runs: Sequence[Fleet], times: dict[str, FloatArray]) -> dict[str, float]:
+    rows = [row for fleet in runs for member in fleet.members for engine in member.lives for row in engine.rows]
+    states = [ticket.state for fleet in runs for ticket in fleet.tickets]
+    busy = sum(row.end_s - row.start_s for row in rows)
+    engines = sum(len(fleet.members) * fleet.end_s for fleet in runs)
+    finite = times["ttft"][np.isfinite(times["ttft"])]
+    return {
+        "p99_ttft_s": float(np.percentile(finite, 99)) if len(finite) else math.nan,
+        "busy_share": busy / max(1e-9, engines),
+        "load_share": sum(row.load_s for row in rows) / max(1e-9, busy),
+        "skipped_share": sum(state.skips > 0 for state in states) / max(1, len(states)),
+        "preemptions": float(sum(state.preemptions for state in states)),
+        "max_kv_usage": max((r.used_blocks / max(1, r.used_blocks + r.free_blocks) for r in rows), default=0.0),
+        "stages": float(sum(row.stages for row in rows)),
+        "extrapolated_share": sum(row.extrapolated for row in rows) / max(1, len(rows)),
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval (Student's t); the half-width of one value is nan."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    from scipy.stats import t
+
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, float(t.ppf(0.975, len(values) - 1)) * spread

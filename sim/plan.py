@@ -1,0 +1,301 @@
+"""`multilora plan`: the cheapest deployment that keeps a promise, how sure that is, and what would break it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import joblib
+import numpy as np
+
+from backend.errors import BackendError
+from backend.geometry import load_geometry
+from backend.profile import load_profile
+from sim.catalogue import catalogue_of, drawn_from, pinned_ids
+from sim.deployment import Deployment, Traffic, Trial, attempt
+from sim.errors import ScenarioError
+from sim.fleet_config import FleetConfig
+from sim.plan_checks import binds_of, headroom_of, rate_of
+from sim.plan_search import Candidate, Found, Judge, Part, improve, search, with_router
+from sim.scenario import Scenario
+from sim.slo import Promise
+from workloads.adapters import Catalogue
+from workloads.build import build_workload
+from workloads.requests import BASE
+
+ROUTES = (
+    ("least_outstanding", "everywhere"),
+    ("adapter_affinity", "everywhere"),
+    ("bounded_hashing", "everywhere"),
+    ("gateway_scorers", "everywhere"),
+    ("least_outstanding", "packed"),
+    ("least_outstanding", "hot_copies"),
+)
+"""Router and placement, where there is more than one replica."""
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256)
+"""Values that vLLM's `--max-lora-rank` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What a plan chooses from; empty: by the scenario."""
+
+    profiles: tuple[str, ...] = ()
+    max_loras: tuple[int, ...] = ()
+    max_cpu_loras: tuple[int, ...] = ()
+    splits: tuple[int, ...] | None = None
+    routes: tuple[tuple[str, str], ...] = ROUTES
+    most_replicas: int = 64
+    seeds: int = 3
+    jobs: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer. `parts`: one deployment, or one for small and one for large ranks; `runners`: what else was looked at."""
+
+    parts: tuple[Part, ...]
+    promise: Promise
+    priced: bool
+    trials: list[Trial]
+    rates: list[tuple[float, float]]
+    headroom: dict[str, bool | None]
+    binds: dict[str, float]
+    runners: list[tuple[str, float, Trial]]
+    tried: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float:
+        """Per hour: USD where prices are given, else GPUs."""
+        return sum(part.found.cost for part in self.parts)
+
+
+def traffic_of(scenario: Scenario, seed: int) -> Traffic:
+    """The scenario's requests with another seed. Raises `WorkloadError` as the workload does."""
+    workload = build_workload(
+        scenario.workload, adapter_count=drawn_from(scenario), seed=seed, base_dir=scenario.base_dir
+    )
+    catalogue = catalogue_of(scenario, workload, load_geometry(scenario.geometry))
+    return Traffic(workload.requests, catalogue, pinned_ids(scenario, catalogue))
+
+
+def keep_ranks(traffic: Traffic, low: int, high: int, *, base: bool) -> Traffic:
+    """The requests of adapters with low < rank <= high, and those of the base model if `base`; ids are made anew."""
+    kept = [a for a in traffic.catalogue if low < a.rank <= high]
+    new = np.full(len(traffic.catalogue) + 1, -1, dtype=np.int64)
+    new[[a.adapter_id for a in kept]] = np.arange(1, len(kept) + 1)
+    new[BASE] = BASE if base else -1
+    requests = traffic.requests
+    adapter = new[requests.adapter]
+    chosen = requests.take(adapter >= 0)
+    catalogue = Catalogue(tuple(replace(a, adapter_id=i) for i, a in enumerate(kept, start=1)))
+    pinned = tuple(int(new[p]) for p in traffic.pinned if new[p] > 0)
+    return Traffic(replace(chosen, adapter=adapter[adapter >= 0]), catalogue, pinned)
+
+
+def candidates_of(scenario: Scenario, traffic: Traffic, grid: Grid, prices: dict[str, float]) -> list[Candidate]:
+    """Every engine and route of the grid that fits the traffic's ranks; cheap GPUs first, then what usually wins."""
+    top = max((a.rank for a in traffic.catalogue), default=8)
+    rank = next((r for r in VLLM_RANKS if r >= top), top)
+    count = max(1, len(traffic.catalogue))
+    slots = grid.max_loras or tuple(n for n in (4, 8, 16, 32, 64, 128) if n < 2 * count)
+    out = []
+    for profile in sorted(prices, key=lambda p: prices[p]):
+        for router, placement in grid.routes:
+            for max_loras in sorted(slots, key=lambda n: (abs(math.log2(n / 32)), n)):
+                for host in _hosts(scenario, grid, max_loras, count):
+                    engine = replace(scenario.engine, max_loras=max_loras, max_cpu_loras=host, max_lora_rank=rank)
+                    deployment = Deployment(scenario.geometry, profile, engine, FleetConfig())
+                    out.append(Candidate(with_router(deployment, router, placement), prices[profile]))
+    return out
+
+
+def _hosts(scenario: Scenario, grid: Grid, max_loras: int, count: int) -> list[int]:
+    """`max_cpu_loras` to try: those given, else the scenario's and room for all adapters."""
+    given = grid.max_cpu_loras or (scenario.engine.max_cpu_loras or 0, count)
+    return sorted({max(max_loras, n) for n in given if n} or {max_loras}, reverse=True)
+
+
+def prices_of(scenario: Scenario, profiles: Sequence[str]) -> tuple[dict[str, float], bool]:
+    """Price per hour of each profile's GPU, and whether it is in USD: without any price a GPU hour counts 1."""
+    given = {profile: scenario.cost.of(profile) for profile in profiles}
+    missing = [profile for profile, price in given.items() if price is None]
+    if missing and len(profiles) > 1:
+        raise ScenarioError(f"cost.gpu_hour_usd: needs a price for {missing[0]}, to compare {len(profiles)} GPU kinds")
+    return {profile: price or 1.0 for profile, price in given.items()}, not missing
+
+
+def plan(scenario: Scenario, promise: Promise, grid: Grid) -> Plan:
+    """Search the grid and examine the best. Raises `ScenarioError` if nothing keeps the promise."""
+    started = time.monotonic()
+    if scenario.backend != "profile":
+        raise ScenarioError(f"a plan needs backend.kind profile, is {scenario.backend}")
+    profiles = grid.profiles or ((scenario.profile,) if scenario.profile else ())
+    if not profiles:
+        raise ScenarioError("a plan needs a profile: --profile or backend.profile")
+    prices, priced = prices_of(scenario, profiles)
+    for profile in profiles:
+        measured = load_profile(profile).meta.get("geometry")
+        if measured != scenario.geometry:
+            raise ScenarioError(f"--profile {profile}: measured for {measured}, the model is {scenario.geometry}")
+    traffic = tuple(traffic_of(scenario, scenario.seed + i) for i in range(grid.seeds))
+    with joblib.Parallel(n_jobs=grid.jobs) as pool:
+        searcher = Searcher(scenario, promise, grid, prices, pool)
+        parts = searcher.best(traffic)
+        if parts is None:
+            raise ScenarioError(
+                f"no deployment of the grid keeps {promise} with up to {grid.most_replicas} replicas"
+                f" ({searcher.tried} trials); loosen the promise, allow more replicas or another GPU"
+            )
+        runners = searcher.runners(parts)
+        trials = [attempt(part.found.deployment, part.traffic, promise) for part in parts]
+        rates = [rate_of(part, promise, pool) for part in parts]
+        headroom = headroom_of(parts, promise, pool)
+        binds = binds_of(parts, promise, rates, pool)
+    return Plan(
+        parts, promise, priced, trials, rates, headroom, binds, runners, searcher.tried, time.monotonic() - started,
+        _notes(scenario, traffic),
+    )  # fmt: skip
+
+
+def _notes(scenario: Scenario, traffic: Sequence[Traffic]) -> list[str]:
+    notes = []
+    first = traffic[0].requests
+    if len(traffic) > 1 and all(np.array_equal(first.arrival_s, t.requests.arrival_s) for t in traffic[1:]):
+        same = all(np.array_equal(first.adapter, t.requests.adapter) for t in traffic[1:])
+        what = "nothing of this workload" if same else "only the adapters, not the arrivals,"
+        notes.append(f"{what} depends on the seed: intervals say less than they seem to")
+    if scenario.engine.max_cpu_loras is None:
+        notes.append("host memory is taken to be free: max_cpu_loras has room for all adapters")
+    return notes
+
+
+class Searcher:
+    """Searches the grid for a scenario, on `pool`'s processes."""
+
+    def __init__(
+        self, scenario: Scenario, promise: Promise, grid: Grid, prices: dict[str, float], pool: joblib.Parallel
+    ) -> None:
+        self.scenario = scenario
+        self.promise = promise
+        self.grid = grid
+        self.prices = prices
+        self.pool = pool
+        self.tried = 0
+
+    def best(self, traffic: tuple[Traffic, ...]) -> tuple[Part, ...] | None:
+        """One engine for all, or where that is cheaper small and large ranks apart."""
+        whole = self.cheapest(traffic, None)
+        best: tuple[Part, ...] | None = None if whole is None else (Part("all adapters", traffic, whole),)
+        for split in self._splits(traffic[0].catalogue):
+            most = None if best is None else sum(part.found.cost for part in best)
+            apart = self._apart(traffic, split, most)
+            if apart is not None:
+                best = apart
+        return best
+
+    def _splits(self, catalogue: Catalogue) -> list[int]:
+        ranks = sorted({a.rank for a in catalogue})
+        if self.grid.splits is not None:
+            return [s for s in self.grid.splits if ranks and ranks[0] <= s < ranks[-1]]
+        return ranks[:-1]
+
+    def _apart(self, traffic: tuple[Traffic, ...], split: int, most: float | None) -> tuple[Part, ...] | None:
+        """Two deployments, if they cost less than `most`."""
+        small = tuple(keep_ranks(t, 0, split, base=True) for t in traffic)
+        large = tuple(keep_ranks(t, split, 10_000, base=False) for t in traffic)
+        if any(len(t.requests) == 0 for t in (*small, *large)):
+            return None
+        parts: list[Part] = []
+        cheapest = min(self.prices.values())
+        for name, some in ((f"ranks up to {split}", small), (f"ranks above {split}", large)):
+            spent = sum(part.found.cost for part in parts)
+            left = None if most is None else most - spent - (cheapest if not parts else 0.0)
+            found = None if left is not None and left <= cheapest * (1 - 1e-9) else self.cheapest(some, left)
+            if found is None or (left is not None and found.cost >= left * (1 - 1e-9)):
+                return None
+            parts.append(Part(name, some, found))
+        return tuple(parts)
+
+    def cheapest(self, traffic: tuple[Traffic, ...], below: float | None) -> Found | None:
+        """The best candidate for this traffic with cost below `below`; None if there is none."""
+        candidates = candidates_of(self.scenario, traffic[0], self.grid, self.prices)
+        room = math.inf if below is None else below * (1 - 1e-9)
+
+        def evaluate(some: Sequence[Candidate], best: Found | None) -> Iterable[Found | None]:
+            worth = [c for c in some if c.price < room and not (best is not None and _same_alone(c, best, self.grid))]
+            answers = self.pool(
+                joblib.delayed(_improve)(c, best, traffic, self.promise, self._most(c, room)) for c in worth
+            )
+            self.tried += sum(tried for _, tried in answers)
+            return [found for found, _ in answers]
+
+        return search(candidates, evaluate)
+
+    def _most(self, candidate: Candidate, room: float) -> int:
+        return (
+            self.grid.most_replicas if room == math.inf else min(self.grid.most_replicas, int(room / candidate.price))
+        )
+
+    def runners(self, parts: tuple[Part, ...]) -> list[tuple[str, float, Trial]]:
+        """The plan with one thing changed at a time, each with as few replicas as keep the promise, or as many as it has."""
+        out = []
+        for part in parts:
+            prefix = f"{part.name}: " if len(parts) > 1 else ""
+            changed = list(self._neighbours(part))
+            found = self.pool(
+                joblib.delayed(_neighbour)(c, part.found.replicas, part.traffic, self.promise) for _, c in changed
+            )
+            out += [(prefix + name, *answer) for (name, _), answer in zip(changed, found, strict=True) if answer]
+        return sorted(out, key=lambda row: (not row[2].kept, row[1], -row[2].attained))
+
+    def _neighbours(self, part: Part) -> Iterator[tuple[str, Candidate]]:
+        own = part.found.candidate
+        seen = {own.deployment}
+        engine = own.deployment.engine
+        for other in candidates_of(self.scenario, part.traffic[0], self.grid, self.prices):
+            d = other.deployment
+            names = {
+                "max_loras": d.engine.max_loras if d.engine.max_loras != engine.max_loras else None,
+                "max_cpu_loras": d.engine.host_loras if d.engine.host_loras != engine.host_loras else None,
+                "GPU": d.profile if d.profile != own.deployment.profile else None,
+                "router": d.fleet.router if d.fleet.router != own.deployment.fleet.router else None,
+                "placement": d.fleet.placement if d.fleet.placement != own.deployment.fleet.placement else None,
+            }
+            changes = [f"{key} {value}" for key, value in names.items() if value is not None]
+            if (
+                d not in seen
+                and len(changes) == 1
+                and (part.found.replicas > 1 or not changes[0].startswith(("ro", "pl")))
+            ):
+                seen.add(d)
+                yield changes[0], other
+
+
+def _same_alone(candidate: Candidate, best: Found, grid: Grid) -> bool:
+    """With one replica routes do not matter: of such candidates the first speaks for all."""
+    first = candidate.deployment.fleet
+    alone = best.cost <= candidate.price * (1 + 1e-9)
+    return alone and (first.router, first.placement) != grid.routes[0]
+
+
+def _improve(
+    candidate: Candidate, best: Found | None, traffic: tuple[Traffic, ...], promise: Promise, most: int
+) -> tuple[Found | None, int]:
+    judge = Judge(traffic, promise)
+    return improve(candidate, best, judge, most), judge.trials
+
+
+def _neighbour(
+    candidate: Candidate, replicas: int, traffic: tuple[Traffic, ...], promise: Promise
+) -> tuple[float, Trial] | None:
+    try:
+        trial = attempt(candidate.deployment.of(replicas), traffic, promise, to_the_end=True)
+    except (ScenarioError, BackendError):
+        return None
+    return candidate.cost(replicas), trial
