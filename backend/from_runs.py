@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from backend.errors import BackendError
-from backend.predictor import TERMS, Predictor, Regime
+from backend.predictor import TERMS, FloatArray, Predictor, Regime
 from backend.regression import least_relative
 
 COSTS = ("base_s", "request_s", "adapter_s", "idle_slot_s", "prompt_token_s")
@@ -50,11 +50,25 @@ def step_costs(runs: pd.DataFrame) -> dict[str, float]:
     if len(runs) < len(COSTS):
         raise BackendError(f"{len(runs)} runs are too few for {len(COSTS)} costs")
     itl = runs["itl_mean_ms"].to_numpy(float) / 1e3
+    work, tokens_per_s = _work(runs)
+    columns = np.column_stack([work, itl * tokens_per_s])
+    return dict(zip(COSTS, least_relative(columns, itl), strict=True))
+
+
+def itl_of(runs: pd.DataFrame, costs: Mapping[Any, Any]) -> FloatArray:
+    """Mean ITL in ms that the costs give runs whose mean batch and throughput are known; infinite where prompts take all time."""
+    work, tokens_per_s = _work(runs)
+    step = work @ np.array([costs[name] for name in COSTS[:-1]])
+    left = 1.0 - tokens_per_s * costs["prompt_token_s"]
+    return np.where(left > 0, 1e3 * step / np.maximum(left, 1e-9), np.inf)
+
+
+def _work(runs: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
+    """What multiplies all costs but the last, float64[runs, 4], and prompt tokens a second, float64[runs]."""
     distinct = np.array([distinct_adapters(run) for run in runs.to_dict("records")])
-    prompts = itl * runs["request_throughput_rps"].to_numpy(float) * runs["mean_input_tokens"].to_numpy(float)
-    idle = runs["max_loras"].to_numpy(float) - distinct
-    columns = [np.ones(len(runs)), runs["srv_running_mean"].to_numpy(float), distinct, idle, prompts]
-    return dict(zip(COSTS, least_relative(np.stack(columns, 1), itl), strict=True))
+    columns = [np.ones(len(runs)), runs["srv_running_mean"], distinct, runs["max_loras"] - distinct]
+    tokens_per_s = runs["request_throughput_rps"].to_numpy(float) * runs["mean_input_tokens"].to_numpy(float)
+    return np.column_stack(columns).astype(float), tokens_per_s
 
 
 def predictor_of(costs: Mapping[str, float]) -> Predictor:

@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from backend.base import EngineLimits
 from backend.errors import BackendError
 from backend.from_runs import NEEDED as RUN_COLUMNS
-from backend.from_runs import counted, predictor_of, step_costs
+from backend.from_runs import counted, itl_of, predictor_of, step_costs
 from backend.geometry import ModelGeometry, load_geometry
 from backend.memory import EXTRA_VOCAB_ROWS_0_8, GIB, memory_plan
 from backend.profile import LoadCurve, Profile
@@ -199,6 +199,18 @@ def profiles_of(costs: Mapping[str, Any]) -> dict[str, Profile]:
         name = f"vllm-0.8.5-{geometry}"
         made[model] = Profile(name, GPU_BYTES, predictor_of(known["costs"]), FREE, load, {}, meta)
     return made
+
+
+def itl_errors(rows: pd.DataFrame, costs: Mapping[str, Any]) -> pd.DataFrame:
+    """Mean ITL of clean rows that did not make the costs, from the batch that their servers had, a line a model."""
+    lines = []
+    for model, own in unseen(rows, costs).groupby("model"):
+        predicted, measured = itl_of(own, costs[str(model)]["costs"]), own["itl_mean_ms"].to_numpy(float)
+        finite = np.isfinite(predicted)
+        error = np.full(len(own), 2.0)
+        error[finite] = 2 * np.abs(predicted - measured)[finite] / (predicted + measured)[finite]
+        lines.append({"model": model, "runs": len(own), "smape": error.mean(), "p90": float(np.quantile(error, 0.9))})
+    return pd.DataFrame(lines)
 
 
 def predict(

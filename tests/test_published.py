@@ -12,11 +12,12 @@ import pytest
 from backend.base import StepBatch
 from backend.errors import BackendError
 from backend.features import StepFeatures
-from backend.from_runs import COSTS, counted, distinct_adapters, predictor_of, step_costs
+from backend.from_runs import COSTS, counted, distinct_adapters, itl_of, predictor_of, step_costs
 from sim.cli import main
 from sim.published import (
     boundary,
     clean,
+    itl_errors,
     kv_blocks,
     load_of,
     predict,
@@ -63,6 +64,7 @@ def planted_runs() -> pd.DataFrame:
 
 def test_planted_costs_come_back_from_whole_runs() -> None:
     assert step_costs(planted_runs()) == pytest.approx(PLANTED, rel=1e-3)
+    np.testing.assert_allclose(itl_of(planted_runs(), PLANTED), planted_runs()["itl_mean_ms"])
     with pytest.raises(BackendError, match="too few"):
         step_costs(planted_runs().iloc[:3])
 
@@ -152,3 +154,4 @@ def test_every_memory_failure_is_predicted_and_the_costs_are_those_shipped() -> 
         assert known["runs"] == own["run_id"].tolist()
         assert known["costs"] == pytest.approx(step_costs(own))
         assert tuple(known["costs"]) == COSTS
+    assert (itl_errors(rows, shipped_costs())["smape"] <= 0.08).all()
