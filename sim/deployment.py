@@ -18,27 +18,7 @@ from sim.config import EngineConfig
 from sim.fleet import Fleet
 from sim.fleet_config import FleetConfig, FleetEvent
 from sim.slo import FloatArray, Promise, Watch, attained, keeps, times_s, values_of
-from workloads.adapters import Catalogue
-from workloads.requests import RequestTable
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """One seed's requests and the adapters that they name."""
-
-    requests: RequestTable
-    catalogue: Catalogue
-    pinned: tuple[int, ...] = ()
-
-    @property
-    def rate_rps(self) -> float:
-        """Requests per second between the first and the last arrival."""
-        times = self.requests.arrival_s
-        return (len(times) - 1) / max(1e-9, float(times[-1] - times[0])) if len(times) > 1 else 0.0
-
-    def faster(self, factor: float) -> Traffic:
-        """The same requests, `factor` times as fast: common random numbers for every rate and every deployment."""
-        return replace(self, requests=replace(self.requests, arrival_s=self.requests.arrival_s / factor))
+from sim.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import simpy
 
 from backend.base import Backend
@@ -14,74 +12,13 @@ from sim.config import EngineConfig
 from sim.engine import limit, refuse_impossible
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig
-from sim.placement import PLACEMENTS, Homes, Weight
+from sim.fleet_member import DOWN, DRAINING, GONE, NOWHERE, STARTING, UP, Member, Ticket
+from sim.placement import PLACEMENTS, Homes, weights_of
 from sim.replica import Process, Replica
 from sim.router import ROUTERS
 from sim.state import RequestState
-from sim.tables import AdapterUse
 from workloads.adapters import Catalogue
-from workloads.requests import BASE, Request, RequestTable
-
-UP, STARTING, DOWN, DRAINING, GONE = "up", "starting", "down", "draining", "gone"
-NOWHERE = -1
-"""Replica of a request that waits at the router."""
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A request's way through the fleet: its attempt that counts, where that is, and what earlier ones came to.
-
-    An attempt whose replica failed starts over elsewhere: `requeues` of them, whose `lost_tokens` had been emitted.
-    """
-
-    state: RequestState
-    replica: int = NOWHERE
-    requeues: int = 0
-    lost_tokens: int = 0
-
-
-@dataclass(slots=True)
-class Member:
-    """One replica of the fleet; what a router sees of it (`sim.router.View`). `lives`: its engines, the last one now."""
-
-    index: int
-    max_loras: int
-    status: str = STARTING
-    lives: list[Replica] = field(default_factory=list)
-    paid_from_s: float = 0.0
-    paid_s: float = 0.0
-    failures: int = 0
-    sent: int = 0
-    process: simpy.Process | None = None
-
-    @property
-    def engine(self) -> Replica:
-        return self.lives[-1]
-
-    @property
-    def waiting(self) -> int:
-        return len(self.engine.scheduler.waiting)
-
-    @property
-    def outstanding(self) -> int:
-        return len(self.engine.scheduler.running) + self.waiting
-
-    @property
-    def kv_usage(self) -> float:
-        pool = self.engine.pool
-        return pool.used / max(1, pool.used + pool.free)
-
-    @property
-    def resident(self) -> Collection[int]:
-        return self.engine.manager.slots
-
-    @property
-    def running_adapters(self) -> Collection[int]:
-        return {state.adapter for state in self.engine.scheduler.running} - {BASE}
-
-    @property
-    def waiting_adapters(self) -> Collection[int]:
-        return {state.adapter for state in self.engine.scheduler.waiting} - {BASE}
+from workloads.requests import Request, RequestTable
 
 
 class Fleet:
@@ -302,29 +239,3 @@ def _until_killed(engine: Replica) -> Process:
         yield from engine.run()
     except simpy.Interrupt:
         return
-
-
-def weights_of(requests: RequestTable, catalogue: Catalogue) -> list[Weight]:
-    """What placement goes by: each adapter's tokens in the traffic itself (a forecast that comes true) and its rank."""
-    tokens = np.bincount(
-        requests.adapter, weights=requests.prompt_tokens + requests.output_tokens, minlength=len(catalogue) + 1
-    )
-    return [Weight(a.adapter_id, float(tokens[a.adapter_id]), a.rank) for a in catalogue]
-
-
-def uses_of(fleet: Fleet) -> tuple[dict[int, AdapterUse], dict[int, int]]:
-    """Each adapter's use summed over all replicas, and the number of replicas that loaded it."""
-    total: dict[int, AdapterUse] = {}
-    homes: dict[int, int] = {}
-    for member in fleet.members:
-        loaded: set[int] = set()
-        for engine in member.lives:
-            for adapter, use in engine.uses.items():
-                summed = total.setdefault(adapter, AdapterUse())
-                for f in fields(AdapterUse):
-                    setattr(summed, f.name, getattr(summed, f.name) + getattr(use, f.name))
-                if use.activations:
-                    loaded.add(adapter)
-        for adapter in loaded:
-            homes[adapter] = homes.get(adapter, 0) + 1
-    return total, homes

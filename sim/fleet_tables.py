@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pandas as pd
 
-from sim.fleet import Fleet, uses_of
-from sim.tables import MoveRow, RunTables, StepRow, adapter_table, request_table, row_table
+from sim.fleet import Fleet
+from sim.tables import AdapterUse, MoveRow, RunTables, StepRow, adapter_table, request_table, row_table
 
 
 def fleet_tables(fleet: Fleet) -> RunTables:
@@ -51,3 +53,21 @@ def replica_table(fleet: Fleet, requests: pd.DataFrame) -> pd.DataFrame:
             for m in fleet.members
         ]
     )  # fmt: skip
+
+
+def uses_of(fleet: Fleet) -> tuple[dict[int, AdapterUse], dict[int, int]]:
+    """Each adapter's use summed over all replicas, and the number of replicas that loaded it."""
+    total: dict[int, AdapterUse] = {}
+    homes: dict[int, int] = {}
+    for member in fleet.members:
+        loaded: set[int] = set()
+        for engine in member.lives:
+            for adapter, use in engine.uses.items():
+                summed = total.setdefault(adapter, AdapterUse())
+                for f in fields(AdapterUse):
+                    setattr(summed, f.name, getattr(summed, f.name) + getattr(use, f.name))
+                if use.activations:
+                    loaded.add(adapter)
+        for adapter in loaded:
+            homes[adapter] = homes.get(adapter, 0) + 1
+    return total, homes

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from workloads.adapters import Catalogue
+from workloads.requests import RequestTable
+
 Homes = dict[int, tuple[int, ...]]
 """Adapter id -> indexes of its replicas, rising."""
 
@@ -16,6 +21,14 @@ class Weight:
     adapter: int
     load: float
     rank: int
+
+
+def weights_of(requests: RequestTable, catalogue: Catalogue) -> list[Weight]:
+    """What placement goes by: each adapter's tokens in the traffic itself (a forecast that comes true) and its rank."""
+    tokens = np.bincount(
+        requests.adapter, weights=requests.prompt_tokens + requests.output_tokens, minlength=len(catalogue) + 1
+    )
+    return [Weight(a.adapter_id, float(tokens[a.adapter_id]), a.rank) for a in catalogue]
 
 
 def everywhere(weights: Sequence[Weight], replicas: int, copies: int, hot_share: float) -> Homes:

@@ -11,19 +11,16 @@ import joblib
 import numpy as np
 
 from backend.errors import BackendError
-from backend.geometry import load_geometry
 from backend.profile import load_profile
-from sim.catalogue import catalogue_of, drawn_from, pinned_ids
-from sim.deployment import Deployment, Traffic, Trial, attempt
+from sim.deployment import Deployment, Trial, attempt
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig
 from sim.plan_checks import binds_of, headroom_of, rate_of
 from sim.plan_search import Candidate, Found, Judge, Part, improve, search, with_router
 from sim.scenario import Scenario
 from sim.slo import Promise
+from sim.traffic import Traffic, keep_ranks, traffic_of
 from workloads.adapters import Catalogue
-from workloads.build import build_workload
-from workloads.requests import BASE
 
 ROUTES = (
     ("least_outstanding", "everywhere"),
@@ -73,29 +70,6 @@ class Plan:
     def cost(self) -> float:
         """Per hour: USD where prices are given, else GPUs."""
         return sum(part.found.cost for part in self.parts)
-
-
-def traffic_of(scenario: Scenario, seed: int) -> Traffic:
-    """The scenario's requests with another seed. Raises `WorkloadError` as the workload does."""
-    workload = build_workload(
-        scenario.workload, adapter_count=drawn_from(scenario), seed=seed, base_dir=scenario.base_dir
-    )
-    catalogue = catalogue_of(scenario, workload, load_geometry(scenario.geometry))
-    return Traffic(workload.requests, catalogue, pinned_ids(scenario, catalogue))
-
-
-def keep_ranks(traffic: Traffic, low: int, high: int, *, base: bool) -> Traffic:
-    """The requests of adapters with low < rank <= high, and those of the base model if `base`; ids are made anew."""
-    kept = [a for a in traffic.catalogue if low < a.rank <= high]
-    new = np.full(len(traffic.catalogue) + 1, -1, dtype=np.int64)
-    new[[a.adapter_id for a in kept]] = np.arange(1, len(kept) + 1)
-    new[BASE] = BASE if base else -1
-    requests = traffic.requests
-    adapter = new[requests.adapter]
-    chosen = requests.take(adapter >= 0)
-    catalogue = Catalogue(tuple(replace(a, adapter_id=i) for i, a in enumerate(kept, start=1)))
-    pinned = tuple(int(new[p]) for p in traffic.pinned if new[p] > 0)
-    return Traffic(replace(chosen, adapter=adapter[adapter >= 0]), catalogue, pinned)
 
 
 def candidates_of(scenario: Scenario, traffic: Traffic, grid: Grid, prices: dict[str, float]) -> list[Candidate]:

@@ -10,10 +10,11 @@ import numpy as np
 
 from backend.profile import load_profile
 from sim.config import EngineConfig
-from sim.deployment import Deployment, Relief, Traffic, attempt, interval
+from sim.deployment import Deployment, Relief, attempt, interval
 from sim.fleet_config import FleetEvent
 from sim.plan_search import Found, Part, sustainable
 from sim.slo import Promise
+from sim.traffic import Traffic
 from workloads.adapters import Adapter, Catalogue
 from workloads.requests import BASE, RequestTable
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from backend.errors import BackendError
-from sim.deployment import Deployment, Traffic, attempt
+from sim.deployment import Deployment, attempt
 from sim.errors import ScenarioError
 from sim.slo import Promise
+from sim.traffic import Traffic
 
 STEP = 1.1
 """Headroom is searched on the grid of powers of this factor."""

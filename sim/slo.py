@@ -14,7 +14,8 @@ import numpy.typing as npt
 from sim.errors import ScenarioError
 
 if TYPE_CHECKING:
-    from sim.fleet import Fleet, Ticket
+    from sim.fleet import Fleet
+    from sim.fleet_member import Ticket
 
 FloatArray = npt.NDArray[np.float64]
 METRICS = ("ttft", "tpot", "e2el")

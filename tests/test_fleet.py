@@ -17,8 +17,9 @@ from sim.cli import main
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
-from sim.fleet import NOWHERE, Fleet
+from sim.fleet import Fleet
 from sim.fleet_config import Autoscaling, FleetConfig, FleetEvent, fleet_of
+from sim.fleet_member import NOWHERE
 from sim.fleet_tables import fleet_tables
 from sim.placement import PLACEMENTS
 from sim.router import ROUTERS

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 from sim.cli import main
 from sim.config import EngineConfig
-from sim.deployment import Deployment, Relief, Traffic, attempt, interval
+from sim.deployment import Deployment, Relief, attempt, interval
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig
-from sim.plan import Grid, candidates_of, keep_ranks
+from sim.plan import Grid, candidates_of
 from sim.plan_checks import twice_the_adapters, unlike_vllm, vllm_command
 from sim.plan_search import Candidate, Judge, exhaustive, fewest, greatest, improve, least, search, sustainable
 from sim.scenario import load_scenario
 from sim.slo import Limit, Promise, attained, keeps, parse_slo
+from sim.traffic import Traffic, keep_ranks
 from workloads.adapters import Catalogue
 from workloads.requests import RequestTable
 
