@@ -45,7 +45,7 @@ def curve(
     """One row per profile, batch, rank and number of distinct adapters up to the batch.
 
     `step_ms` = `base_ms` + `attention_ms` + `lora_ms` + `host_ms`; `padded_step_ms`: the same with every adapter padded to
-    `max_lora_rank`; `copies_ms`: a token for every request from full copies, one copy after the other; `floor_ms`:
+    `max_lora_rank` (empty where the profile knows one rank only); `copies_ms`: a token for every request from full copies, one copy after the other; `floor_ms`:
     `floor_bytes` at `bandwidth_gb_s`; `gpu_s_per_mtok`, `copies_gpu_s_per_mtok`: GPU seconds per million output tokens of
     the deltas, and of full copies; `usd_per_mtok`, `copies_usd_per_mtok` at `gpu_hour_usd`; `extrapolated`: outside what
     the profile measured. Columns without their input are empty.
@@ -93,7 +93,12 @@ class _Point:
         features = decode_features(self.batch, self.adapters, self.rank, self.context)
         device, host, outside = self.profile.predictor.predict(features)
         parts = self.profile.predictor.parts(features)
-        padded = None if max_lora_rank is None else 1e3 * self.step_s(self.batch, self.adapters, max_lora_rank)
+        # A profile made of another engine's logs knows one rank, and nothing of what others would cost.
+        known = self.profile.meta.get("rank")
+        padded = None
+        if max_lora_rank is not None and known in (None, max_lora_rank):
+            padded = 1e3 * self.step_s(self.batch, self.adapters, max_lora_rank)
+        outside |= self.adapters > 0 and known not in (None, self.rank)
         floor = floor_bytes(self.geometry, self.batch, self.adapters, self.rank, self.context)
         row: dict[str, object] = {
             "batch": self.batch, "rank": self.rank, "adapters": self.adapters, "context": self.context,

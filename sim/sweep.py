@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,11 +123,15 @@ class Store:
         self.rows = folder / "rows"
         text = tomli_w.dumps(what)
         spec = folder / "sweep.toml"
-        if folder.exists() and not (spec.is_file() and spec.read_text(encoding="utf-8") == text):
-            raise ScenarioError(f"--out {folder}: exists already and is not this sweep; name a new directory")
         try:
-            self.rows.mkdir(parents=True, exist_ok=True)
-            _replace(spec, text)
+            folder.mkdir(parents=True, exist_ok=True)
+            # A sweep that was killed while it began has left nothing, or the beginnings of `sweep.toml`.
+            new = {file.name for file in folder.iterdir()} <= {spec.with_suffix(".partial").name}
+            if new:
+                _replace(spec, text)
+            elif not (spec.is_file() and spec.read_text(encoding="utf-8") == text):
+                raise ScenarioError(f"--out {folder}: exists already and is not this sweep; name a new directory")
+            self.rows.mkdir(exist_ok=True)
         except OSError as error:
             raise ScenarioError(f"--out {folder}: cannot be written ({error})") from error
 
@@ -191,6 +195,12 @@ def _named(tables: Tables, name: str, base_dir: Path, point: Point) -> tuple[Poi
     return point, run_point(tables, name, base_dir, point)
 
 
+def _numbers(results: pd.DataFrame, others: Collection[str]) -> pd.DataFrame:
+    """`results` with what no run has (a hit rate without adapters, say) as NaN in its columns of numbers."""
+    empty = [name for name in results if name not in others and results[name].isna().all()]
+    return results.astype(dict.fromkeys(empty, "float64"))
+
+
 def sweep(
     scenario: str,
     sets: Mapping[str, Sequence[object]],
@@ -219,7 +229,7 @@ def sweep(
 
         device_bytes("cuda")
     points = grid(sets, [base.seed + i for i in range(seeds)])
-    spec: Tables = {"scenario": tables, "set": dict(sets), "seeds": seeds}
+    spec: Tables = {"name": base.name, "scenario": tables, "set": dict(sets), "seeds": seeds}
     store = Store(out, spec)
     missing = [point for point in points if store.get(point) is None]
     with tqdm(
@@ -229,7 +239,7 @@ def sweep(
             store.put(point, row)
             bar.update()
     rows = [store.get(point) for point in points]
-    results = pd.DataFrame([row for row in rows if row is not None])
+    results = _numbers(pd.DataFrame([row for row in rows if row is not None]), (*sets, "status", "error"))
     if (results["status"] != "ok").all():
         raise ScenarioError(f"not one of {len(results)} runs can be served; the first: {results['error'].iloc[0]}")
     partial = out / "results.partial"

@@ -74,6 +74,12 @@ def test_a_shape_needs_points() -> None:
         shape(np.array([1.0, 2.0, 3.0]), np.ones(3))
 
 
+def test_a_profile_of_one_rank_says_nothing_of_others() -> None:
+    table = curve(["vllm-0.24-h100-llama-3.1-8b"], [32], [16, 32], adapters=[0, 8], max_lora_rank=64)
+    assert table["padded_step_ms"].isna().all()
+    assert table["extrapolated"].tolist() == [False, False, False, True]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["curve", "--profile", PROFILE, "--batch", "32", "--rank", "16", "--gpu-hour-usd", "2"]
     assert main([*argv, "--out", str(tmp_path / "c")]) == 0
