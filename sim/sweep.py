@@ -22,6 +22,7 @@ import tomli_w
 from tqdm import tqdm
 
 from backend.errors import BackendError
+from backend.profile import profile_folder
 from sim.errors import ScenarioError
 from sim.run import execute
 from sim.scenario import Scenario, find, from_tables, read_tables
@@ -195,6 +196,22 @@ def _named(tables: Tables, name: str, base_dir: Path, point: Point) -> tuple[Poi
     return point, run_point(tables, name, base_dir, point)
 
 
+def _read(base: Scenario, sets: Mapping[str, Sequence[object]]) -> dict[str, str]:
+    """SHA-256 of what the runs read beside the scenario: rows of an older profile or trace are of another sweep."""
+    profiles = [str(name) for name in (base.profile, *sets.get("backend.profile", ())) if name]
+    paths = {name: profile_folder(name) for name in profiles} if base.backend == "profile" else {}
+    traces = [str(path) for path in (base.workload.get("path"), *sets.get("workload.path", ())) if path]
+    paths |= {path: base.base_dir / path for path in traces}
+    digests = {}
+    for name, path in paths.items():
+        content = hashlib.sha256()
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                content.update(file.read_bytes())
+        digests[name] = content.hexdigest()
+    return digests
+
+
 def _numbers(results: pd.DataFrame, others: Collection[str]) -> pd.DataFrame:
     """`results` with what no run has (a hit rate without adapters, say) as NaN in its columns of numbers."""
     empty = [name for name in results if name not in others and results[name].isna().all()]
@@ -229,7 +246,7 @@ def sweep(
 
         device_bytes("cuda")
     points = grid(sets, [base.seed + i for i in range(seeds)])
-    spec: Tables = {"name": base.name, "scenario": tables, "set": dict(sets), "seeds": seeds}
+    spec: Tables = {"name": base.name, "scenario": tables, "set": dict(sets), "seeds": seeds, "read": _read(base, sets)}
     store = Store(out, spec)
     missing = [point for point in points if store.get(point) is None]
     with tqdm(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
+from backend.profile import profile_folder
 from sim.cli import main
 from sim.errors import ScenarioError
 from sim.sweep import Point, grid, parse_sets, sweep, with_settings
@@ -98,6 +100,17 @@ def test_settings_reach_nested_tables_and_leave_the_original_alone() -> None:
     assert tables["workload"]["popularity"]["s"] == 1.0
     with pytest.raises(ScenarioError, match="no table"):
         with_settings({"engine": 3}, Point((("engine.max_loras", 1),), 0))
+
+
+def test_rows_of_an_older_profile_are_not_mixed_with_new_ones(scenario: Path, tmp_path: Path) -> None:
+    shutil.copytree(profile_folder("h100-llama-3.1-8b"), tmp_path / "mine")
+    scenario.write_text(SCENARIO.replace('"h100-llama-3.1-8b"', '"mine"'))
+    one = sweep(str(scenario), {"engine.max_loras": [2]}, out=tmp_path / "o", jobs=1)
+    pd.testing.assert_frame_equal(sweep(str(scenario), {"engine.max_loras": [2]}, out=tmp_path / "o", jobs=1), one)
+    file = tmp_path / "mine" / "profile.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ScenarioError, match="exists already and is not this sweep"):
+        sweep(str(scenario), {"engine.max_loras": [2]}, out=tmp_path / "o", jobs=1)
 
 
 def test_a_sweep_killed_while_it_began_is_taken_up(scenario: Path, tmp_path: Path) -> None:
