@@ -83,13 +83,17 @@ def _lines(results: pd.DataFrame, key: str, others: list[str], measure: str, axi
         x = by_key.mean().index if numeric else [values.index(v) for v in by_key.mean().index]
         axis.plot(x, by_key.mean(), line if numeric else "", marker=marker, label=str(value), color=colour)
         axis.fill_between(x, by_key.min(), by_key.max(), color=colour, alpha=0.15 if numeric else 0.0)
-    axis.set(xlabel=key, ylabel=MEASURES[measure])
+    axis.set(xlabel=_label(key, results), ylabel=MEASURES[measure])
     if not numeric:
         axis.set_xticks(range(len(values)), [str(v) for v in values])
         axis.margins(x=0.3)
     _scale(axis, results, key, measure)
     if others:
         axis.legend(title=others[0], fontsize=7, title_fontsize=7)
+
+
+def _label(key: str, results: pd.DataFrame) -> str:
+    return f"{key} (×: refused)" if (results["status"] != "ok").any() else key
 
 
 def _scale(axis: Axes, results: pd.DataFrame, key: str, measure: str) -> None:
@@ -100,7 +104,7 @@ def _scale(axis: Axes, results: pd.DataFrame, key: str, measure: str) -> None:
             axis.set_xscale("log", base=2)
         refused = set(keys) - set(keys[results["status"] == "ok"])
         ticks = sorted(keys.unique())
-        axis.set_xticks(ticks, [f"{v:g}{chr(10)}refused" if v in refused else f"{v:g}" for v in ticks], fontsize=7)
+        axis.set_xticks(ticks, [f"{v:g}\n×" if v in refused else f"{v:g}" for v in ticks], fontsize=7)
         axis.minorticks_off()
     if _wide(results[measure].to_numpy(float), measure):
         axis.set_yscale("log")
@@ -125,7 +129,7 @@ def _heat_map(results: pd.DataFrame, key: str, other: str, measure: str, axis: A
     _numbers(axis, table.to_numpy(float), norm)
     axis.set_xticks(range(len(table.columns)), [f"{v:g}" for v in table.columns])
     axis.set_yticks(range(len(table.index)), [f"{v:g}" for v in table.index])
-    axis.set(xlabel=key, ylabel=other)
+    axis.set(xlabel=_label(key, results), ylabel=other)
     bar = axis.figure.colorbar(image, ax=axis, format=lambda value, _: f"{value:g}")
     bar.minorformatter = NullFormatter()
 
