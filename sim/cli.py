@@ -157,7 +157,7 @@ def _sweep(args: argparse.Namespace) -> None:
     print(results[shown].to_string(index=False, float_format=lambda v: f"{v:.3g}" if v < 10 else f"{v:.0f}"))
     for message in results["error"].dropna().unique():
         print(f"refused: {message}")
-    caption = sweep_caption(results, Path(args.scenario).stem)
+    caption = sweep_caption(results, Path(args.scenario).stem, list(sets))
     print(caption)
     for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
         print(sentence)

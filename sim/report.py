@@ -165,7 +165,7 @@ def _sweep_page(folder: Path) -> str:
     scenario = from_tables(spec["scenario"], folder.name, folder)
     name = str(spec.get("name", folder.name))
     title = f"{name}: {', '.join(keys)}"
-    caption = sweep_caption(results, name)
+    caption = sweep_caption(results, name, keys)
     sweep_figures(results, keys, caption, folder)
     shown = [*keys, "seed", "status", THROUGHPUT, TTFT, TPOT, "num_gpu_blocks", "adapter_hit_rate"]
     body = [f"<p>{html.escape(sentence)}</p>" for sentence in verdicts(results, keys, scenario.slo)]

@@ -182,10 +182,11 @@ def _ray_options(jobs: int, live: bool) -> tuple[int, dict[str, object]]:
     except ImportError as error:
         raise ScenarioError("--executor ray: Ray is not installed; pip install 'multilora-sim[ray]'") from error
     register_ray()  # type: ignore[no-untyped-call]
+    if not ray.is_initialized():
+        # The cluster that RAY_ADDRESS names or this machine belongs to, else one of this machine alone.
+        ray.init(log_to_driver=False)
     if not live:
         return jobs, {"backend": "ray"}
-    if not ray.is_initialized():
-        ray.init()
     gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     if not gpus:
         raise ScenarioError("--executor ray: this Ray cluster has no GPU, and live runs take one each")

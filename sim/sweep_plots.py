@@ -36,15 +36,16 @@ MOST_NUMBERS = 80
 COLOURS = (BLUE, ORANGE, GREEN, "#000000", "#CC79A7", "#56B4E9")
 
 
-def sweep_caption(results: pd.DataFrame, name: str) -> str:
-    """Of what the figures are: scenario, backend, the profile's error, seeds."""
+def sweep_caption(results: pd.DataFrame, name: str, keys: Sequence[str] = ()) -> str:
+    """Of what the figures are: scenario, the settings that all runs share, backend, the profile's error, seeds."""
+    shared = [f"{key} = {results[key].iloc[0]}" for key in keys if len(results[key].unique()) == 1]
     served = results[results["status"] == "ok"].iloc[0]
     error = f" (MAPE {served['profile_mape']:.1%} on held-out steps)" if "profile_mape" in results else ""
     outside = float(results["extrapolated_share"].max()) if "extrapolated_share" in results else 0.0
-    error += f", up to {outside:.1%} of the steps outside what it measured" if error and outside > 0 else ""
+    error += f", up to {outside:.1%} of the steps outside what it measured" if error and outside >= 0.0005 else ""
     seeds = sorted(results["seed"].unique())
     shown = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}: mean and range"
-    return f"{name}, {served['backend']}{error}, {shown}"
+    return ", ".join([name, *shared, f"{served['backend']}{error}", shown])
 
 
 def sweep_panels(results: pd.DataFrame, keys: Sequence[str]) -> dict[str, list[Panel]]:

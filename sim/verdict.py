@@ -19,11 +19,11 @@ def swept_key(keys: Sequence[str], results: pd.DataFrame) -> str | None:
 
 
 def verdicts(results: pd.DataFrame, keys: Sequence[str], slo: Mapping[str, float]) -> list[str]:
-    """One sentence for each combination of the other settings; means over seeds. Empty if nothing numeric is swept."""
+    """One sentence for each combination of the other settings that vary; means over seeds. Empty if nothing numeric is swept."""
     key = swept_key(keys, results)
     if key is None:
         return []
-    others = [other for other in keys if other != key]
+    others = [other for other in keys if other != key and len(results[other].unique()) > 1]
     if not others:
         return [_verdict(results, key, slo)]
     sentences = []

@@ -206,6 +206,21 @@ def test_a_sweep_on_a_local_ray(scenario: Path, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(there, here, check_exact=True)
 
 
+def test_the_command_starts_a_ray_where_none_runs(scenario: Path, tmp_path: Path) -> None:
+    """From a shell, with nothing started before: as a user calls it."""
+    ray = pytest.importorskip("ray", reason="ray is not installed (the extra [ray])")
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    except (RuntimeError, OSError, TimeoutError) as error:
+        pytest.skip(f"Ray does not start on this machine: {error}")
+    ray.shutdown()
+    command = [sys.executable, "-m", "sim.cli", "sweep", str(scenario), "--set=engine.max_loras=1,8", "--jobs=2"]
+    command += ["--executor=ray", f"--out={tmp_path / 'ray'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(tmp_path / "ray" / "results.parquet")["status"].tolist() == ["ok", "ok"]
+
+
 def test_live_runs_on_ray_take_a_gpu_each(scenario: Path, tmp_path: Path) -> None:
     """A cluster that claims one GPU runs them one by one; that none is really there is what each row says."""
     ray = pytest.importorskip("ray", reason="ray is not installed (the extra [ray])")
@@ -228,7 +243,9 @@ def test_arrays_are_settings_too(scenario: Path, tmp_path: Path, capsys: pytest.
     sets = ["--set", "engine.max_loras=1,8", "--set", "adapters.ranks=[8],[8, 16]", "--set", "workload.duration_s=2"]
     scenario.write_text(SCENARIO.replace("rank = 16", ""))
     assert main(["sweep", str(scenario), *sets, "--jobs", "1", "--out", str(tmp_path / "o")]) == 0
-    assert "adapters.ranks = [8, 16], workload.duration_s = 2: best: engine.max_loras = " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nadapters.ranks = [8, 16]: best: engine.max_loras = " in said
+    assert "\ns, workload.duration_s = 2, profile h100-llama-3.1-8b (MAPE " in said
     assert pd.read_parquet(tmp_path / "o" / "results.parquet")["adapters.ranks"].unique().tolist() == ["[8]", "[8, 16]"]
 
 
