@@ -181,3 +181,28 @@ def shape(adapters: FloatArray, step_ms: FloatArray) -> Shape:
             best = Shape(plateau - float(step_ms[0]), float(knee), slope, error)
     assert best is not None
     return best
+
+
+def described(group: pd.DataFrame, points: pd.DataFrame | None) -> str:
+    """One curve's `shape` in words, with its error and how far `points`, the measured ones, lie from the curve at most."""
+    if len(group) < 3:
+        return ""
+    x, y = group["adapters"].to_numpy(float), group["step_ms"].to_numpy(float)
+    s = shape(x, y)
+    text = (
+        f"step {s.step_ms:.2f} ms, plateau to {s.knee:g}, then {1e3 * s.slope_ms:.0f} µs an adapter (fit ±{s.error:.1%}"
+    )
+    if points is not None and len(points):
+        off = np.abs(np.interp(points["adapters"], x, y) / points["step_ms"] - 1).max()
+        text += f"; measured points within {off:.1%}"
+    return f"{text})"
+
+
+def break_even(group: pd.DataFrame) -> str:
+    """From which number of adapters on, of those in the curve, base plus N deltas cost less than N full copies."""
+    cheaper = (group["gpu_s_per_mtok"] < group["copies_gpu_s_per_mtok"]).to_numpy()
+    dearer = group["adapters"].to_numpy()[~cheaper]
+    after = group["adapters"][group["adapters"] > (dearer.max() if len(dearer) else -1)]
+    if after.empty:
+        return "not cheaper than N full copies"
+    return f"cheaper than N full copies from N = {after.iloc[0]} on"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sim.curve import FloatArray, shape
+from sim.curve import FloatArray, described
 from sim.panels import BLUE, GREEN, ORANGE
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def curve_figure(
         profile, batch, rank = str(group["profile"].iloc[0]), int(group["batch"].iloc[0]), int(group["rank"].iloc[0])
         measured = points.get((profile, batch, rank))
         _step_panel(axes[0, column], group, measured, top)
-        title = f"{profile}\n{batch} requests, rank {rank}{_described(group, measured)}"
-        axes[0, column].set_title(title, fontsize=9)
+        said = described(group, measured).replace(" (fit", "\n(fit")
+        axes[0, column].set_title(f"{profile}\n{batch} requests, rank {rank}\n{said}", fontsize=9)
         _price_panel(axes[1, column], group)
     handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 + len(groups), fontsize=8)
@@ -99,19 +99,6 @@ def _step_panel(axis: Axes, group: pd.DataFrame, points: pd.DataFrame | None, to
     axis.set(xlabel="distinct adapters in the batch", ylabel="decode step (ms)", ylim=(0, top))
     _powers(axis, x)
     axis.grid(visible=True, alpha=0.3)
-
-
-def _described(group: pd.DataFrame, points: pd.DataFrame | None) -> str:
-    """The curve in three numbers, how far they are off at most, and how far measured points lie from the curve."""
-    if len(group) < 3:
-        return ""
-    x, y = group["adapters"].to_numpy(float), group["step_ms"].to_numpy(float)
-    s = shape(x, y)
-    text = f"\nstep {s.step_ms:.2f} ms, plateau to {s.knee:g}, then {1e3 * s.slope_ms:.0f} µs an adapter\n(fit ±{s.error:.1%}"
-    if points is not None and len(points):
-        off = np.abs(np.interp(points["adapters"], x, y) / points["step_ms"] - 1).max()
-        text += f"; measured points within {off:.1%}"
-    return f"{text})"
 
 
 def _price_panel(axis: Axes, group: pd.DataFrame) -> None:

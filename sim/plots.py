@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from workloads.requests import RequestTable
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 SPANS = 300
 """Points of a line over a run: each is the peak of as long a span of time."""
 
@@ -125,40 +126,45 @@ def _cloud(tenants: pd.DataFrame, axis: Axes) -> None:
 
 
 def workload_figure(requests: RequestTable, caption: str, file: Path) -> None:
-    """Rate over time, gaps, popularity by rank, LRU hit curves in order and shuffled, and the lengths."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from workloads.describe import hit_curves
+    """Rate over time and the lengths; where adapters are named, popularity by rank, and LRU hits in order and shuffled."""
     from workloads.requests import BASE
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    rate, skew, reuse, tokens = axes.flat
-    times, adapter = requests.arrival_s, requests.adapter[requests.adapter != BASE]
+    adapter = requests.adapter[requests.adapter != BASE]
+    panels = [Panel("Arrivals", partial(_arrivals, requests)), Panel("Lengths", partial(_lengths, requests))]
+    if len(adapter):
+        panels += [Panel("Popularity", partial(_popularity, adapter)), Panel("Adapter reuse", partial(_reuse, adapter))]
+    sheet(panels, caption, [file])
+
+
+def _arrivals(requests: RequestTable, axis: Axes) -> None:
+    times = requests.arrival_s
     edges = np.linspace(0, max(float(times[-1]), 1e-9), 121)
-    rate.step(edges[:-1], np.histogram(times, edges)[0] / np.diff(edges), color=BLUE, where="post")
-    rate.set(xlabel="time (s)", ylabel="requests / s", title="Arrivals", ylim=(0, None))
-    if len(adapter):
-        counts = np.sort(np.bincount(adapter))[::-1]
-        counts = counts[counts > 0]
-        skew.plot(np.arange(1, len(counts) + 1), counts / counts.sum(), color=BLUE)
-        slots = np.unique(np.geomspace(1, max(2, len(counts)), 40).astype(int))
-        for curve, style, label in zip(hit_curves(adapter, slots), ("-", "--"), ("in order", "shuffled"), strict=True):
-            reuse.plot(slots, 100 * curve, color=BLUE if style == "-" else ORANGE, linestyle=style, label=label)
-        reuse.legend(frameon=False)
-    skew.set(xlabel="rank of the adapter", ylabel="share of requests", title="Popularity")
-    reuse.set(xlabel="LRU slots", ylabel="hits (%)", title="Adapter reuse", ylim=(0, 100))
-    if len(adapter):
-        skew.set(xscale="log", yscale="log")
-        reuse.set(xscale="log")
-    for name, column, colour in (("prompt", requests.prompt_tokens, BLUE), ("output", requests.output_tokens, ORANGE)):
-        tokens.plot(np.sort(column), np.linspace(0, 1, len(column)), color=colour, label=name)
-    tokens.set(xlabel="tokens", ylabel="share of requests", title="Lengths", xscale="log")
-    tokens.legend(frameon=False)
-    for axis in axes.flat:
-        axis.grid(visible=True, alpha=0.3)
-    figure.suptitle(caption, fontsize=9)
-    figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
+    axis.step(edges[:-1], np.histogram(times, edges)[0] / np.diff(edges), color=BLUE, where="post")
+    axis.set(xlabel="time (s)", ylabel="requests / s", ylim=(0, None))
+
+
+def _lengths(requests: RequestTable, axis: Axes) -> None:
+    for name, column, colour, style in (
+        ("prompt", requests.prompt_tokens, BLUE, "-"), ("output", requests.output_tokens, ORANGE, "--"),
+    ):  # fmt: skip
+        axis.plot(np.sort(column), np.linspace(0, 100, len(column)), color=colour, linestyle=style, label=name)
+    axis.set(xlabel="tokens", ylabel="requests that short (%)", xscale="log", ylim=(0, 101))
+    axis.legend(fontsize=8)
+
+
+def _popularity(adapter: IntArray, axis: Axes) -> None:
+    counts = np.sort(np.bincount(adapter))[::-1]
+    counts = counts[counts > 0]
+    axis.plot(np.arange(1, len(counts) + 1), 100 * counts / counts.sum(), color=BLUE)
+    axis.set(xlabel="rank of the adapter", ylabel="requests (%)", xscale="log", yscale="log")
+
+
+def _reuse(adapter: IntArray, axis: Axes) -> None:
+    from workloads.describe import hit_curves
+
+    slots = np.unique(np.geomspace(1, max(2, len(np.unique(adapter))), 40).astype(int))
+    looks = (("in order", BLUE, "-"), ("shuffled", ORANGE, "--"))
+    for curve, (label, colour, style) in zip(hit_curves(adapter, slots), looks, strict=True):
+        axis.plot(slots, 100 * curve, color=colour, linestyle=style, label=label)
+    axis.set(xlabel="LRU slots", ylabel="hits (%)", ylim=(0, 100), xscale="log")
+    axis.legend(fontsize=8)
