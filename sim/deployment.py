@@ -12,6 +12,7 @@ import numpy as np
 from backend.base import AdapterShape, Backend, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
 from backend.geometry import ModelGeometry, load_geometry
 from backend.memory import memory_plan
+from backend.predictor import Predictor
 from backend.profile import Profile, load_profile
 from backend.replay import ReplayBackend
 from sim.config import EngineConfig
@@ -58,9 +59,15 @@ class WhatIf:
 
     needs_block_tables = False
 
-    def __init__(self, inner: Backend, relief: Relief) -> None:
+    def __init__(self, inner: ReplayBackend, relief: Relief) -> None:
         self._inner = inner
         self._relief = relief
+
+    @property
+    def step_costs(self) -> tuple[Predictor, float]:
+        """As `ReplayBackend.step_costs`."""
+        predictor, factor = self._inner.step_costs
+        return predictor, factor * self._relief.steps
 
     def capacity(self) -> Capacity:
         there = self._inner.capacity()
@@ -143,7 +150,7 @@ def attempt(
         faster = seeded.faster(factor)
         fleet = Fleet(
             faster.requests, seeded.catalogue, engine, lambda: open_replica(deployment, relief),
-            replace(deployment.fleet, events=events), pinned=seeded.pinned, seed=seed,
+            replace(deployment.fleet, events=events), pinned=seeded.pinned, seed=seed, step_rows=False,
         )  # fmt: skip
         runs.append(fleet)
         watch.next_run()
@@ -160,20 +167,20 @@ def attempt(
 
 
 def _facts(runs: Sequence[Fleet], times: dict[str, FloatArray]) -> dict[str, float]:
-    rows = [row for fleet in runs for member in fleet.members for engine in member.lives for row in engine.rows]
+    totals = [engine.totals for fleet in runs for member in fleet.members for engine in member.lives]
     states = [ticket.state for fleet in runs for ticket in fleet.tickets]
-    busy = sum(row.end_s - row.start_s for row in rows)
+    busy, steps = sum(engine.busy_s for engine in totals), sum(engine.steps for engine in totals)
     engines = sum(len(fleet.members) * fleet.end_s for fleet in runs)
     finite = times["ttft"][np.isfinite(times["ttft"])]
     return {
         "p99_ttft_s": float(np.percentile(finite, 99)) if len(finite) else math.nan,
         "busy_share": busy / max(1e-9, engines),
-        "load_share": sum(row.load_s for row in rows) / max(1e-9, busy),
+        "load_share": sum(engine.load_s for engine in totals) / max(1e-9, busy),
         "skipped_share": sum(state.skips > 0 for state in states) / max(1, len(states)),
         "preemptions": float(sum(state.preemptions for state in states)),
-        "max_kv_usage": max((r.used_blocks / max(1, r.used_blocks + r.free_blocks) for r in rows), default=0.0),
-        "stages": float(sum(row.stages for row in rows)),
-        "extrapolated_share": sum(row.extrapolated for row in rows) / max(1, len(rows)),
+        "max_kv_usage": max((engine.max_usage for engine in totals), default=0.0),
+        "stages": float(sum(engine.stages for engine in totals)),
+        "extrapolated_share": sum(engine.extrapolated for engine in totals) / max(1, steps),
     }
 
 
