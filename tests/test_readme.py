@@ -47,7 +47,7 @@ def test_the_readme_runs_as_printed(
         printed, last = printed + out, out.strip().splitlines()[-1]
         assert argv[0] == "validate" or Path(last).exists()
         done.add(argv[0] if argv[0] != "workload" else argv[1])
-        places["RUN_DIR"] = last if argv[0] == "run" else places["RUN_DIR"]
+        places |= {"RUN_DIR": last} if argv[0] == "run" else {}
     quotes = re.findall(r"“(best: [^”]*)”", (ROOT / "README.md").read_text())
     assert quotes
     for part in " … ".join(quotes).split("…"):

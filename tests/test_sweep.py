@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -156,7 +157,7 @@ def test_another_sweep_is_not_taken_up(scenario: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tmp_path: Path, jobs: int) -> None:
     """kill -9 of all its processes, just after a row and at any moment, also while it starts."""
-    whole = sweep(str(scenario), SETS, out=tmp_path / "whole", seeds=3, jobs=1)
+    whole = sweep(str(scenario), SETS, out=tmp_path / "whole", seeds=6, jobs=1)
     out = tmp_path / "killed"
     sets = [f"--set={key}={','.join(map(str, values))}" for key, values in SETS.items()]
     command = [
@@ -166,26 +167,34 @@ def test_a_killed_sweep_goes_on_and_loses_and_doubles_nothing(scenario: Path, tm
         "sweep",
         str(scenario),
         *sets,
-        "--seeds=3",
+        "--seeds=6",
         f"--jobs={jobs}",
         f"--out={out}",
     ]
-    rng, kept = np.random.default_rng(jobs), {}
+    rng, kept, half_way = np.random.default_rng(jobs), {}, 0
     for attempt in range(4):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         after_a_row, deadline = attempt % 2 == 0, time.monotonic() + 60
-        while after_a_row and len(list(out.glob("rows/*.json"))) <= len(kept) and time.monotonic() < deadline:
+        while (
+            after_a_row
+            and process.poll() is None
+            and len(list(out.glob("rows/*.json"))) <= len(kept)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.005)
         time.sleep(rng.uniform(0.0, 0.05 if after_a_row else 2.0))
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it had ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         rows = {f.name: (f.stat().st_mtime_ns, json.loads(f.read_text())) for f in out.glob("rows/*.json")}
-        assert len(rows) > len(kept) or not after_a_row
+        assert len(rows) > len(kept) or len(kept) == len(whole) or not after_a_row
+        half_way += 0 < len(rows) < len(whole)
         assert all(rows[name] == row for name, row in kept.items()), "a finished row was lost or run again"
         kept = rows
     assert len(kept) <= len(whole)
+    assert half_way, "every kill came too late or too early"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert all((out / "rows" / name).stat().st_mtime_ns == at for name, (at, _) in kept.items())
     assert len(list(out.glob("rows/*.json"))) == len(whole)
