@@ -17,7 +17,7 @@ def cost_shares(tables: RunTables) -> pd.Series[float]:
     A step's seconds without its loads are divided by the tokens it computed. A request pays that price for its prompt (the
     mean price of prompt tokens from its first step to its first token) and for each further token, one a step. A load that
     a step waited for is paid by the adapter that was loaded. Steps do not say whose tokens they computed, so where requests
-    were preempted or skipped in between, or prompts took turns, shares are close, not exact.
+    were preempted or skipped in between, or prompts took turns, shares are close, not exact. NaN without step rows.
     """
     seconds = pd.Series(0.0, index=pd.Index(sorted(tables.requests["adapter"].unique()), name="adapter"))
     for requests, steps, moves in _engines(tables):
@@ -26,7 +26,7 @@ def cost_shares(tables: RunTables) -> pd.Series[float]:
             computed, loaded = float((steps["end_s"] - steps["start_s"]).sum()), float(steps["load_s"].sum())
             seconds = seconds.add(_scaled(paid.groupby(level=0).sum(), computed - loaded), fill_value=0.0)
             seconds = seconds.add(_scaled(_load_seconds(moves), loaded), fill_value=0.0)
-    return _scaled(seconds, 1.0).rename_axis("adapter")
+    return (_scaled(seconds, 1.0) if len(tables.steps) else seconds * np.nan).rename_axis("adapter")
 
 
 def _engines(tables: RunTables) -> list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]:

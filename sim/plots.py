@@ -38,26 +38,30 @@ def tenant_figure(tenants: pd.DataFrame, caption: str, *files: Path) -> None:
 
 
 def run_panels(tables: RunTables) -> list[Panel]:
-    """The panels of a run: batch and queue, KV cache, adapter loads, TTFT."""
+    """The panels of a run: batch and queue, KV cache, adapter loads, TTFT; the last alone where no step rows were kept."""
+    ttft = Panel("Time to first token, all requests", partial(_ttft, tables))
+    if tables.steps.empty:
+        return [ttft]
     several = ", a line per replica" if tables.replicas is not None else ""
     return [
         Panel(f"Batch and queue (peaks){several}", partial(_queue, tables)),
         Panel(f"KV cache in use (peaks){several}", partial(_memory, tables)),
         Panel("Adapter loads", partial(_loads, tables)),
-        Panel("Time to first token, all requests", partial(_ttft, tables)),
+        ttft,
     ]
 
 
 def tenant_panels(tenants: pd.DataFrame) -> list[Panel]:
-    """The panels of the tenants: the longest waiting ones, and wait against cost."""
-    return [
-        Panel(f"TTFT of the {min(len(tenants), WORST_TENANTS)} slowest adapters", partial(_worst, tenants), tall=1.4),
-        Panel("Longest wait against share of cost", partial(_cloud, tenants), tall=1.4),
-    ]
+    """The panels of the tenants: the longest waiting ones, and, where the cost is known, wait against cost."""
+    worst = Panel(
+        f"TTFT of the {min(len(tenants), WORST_TENANTS)} slowest adapters", partial(_worst, tenants), tall=1.4
+    )
+    cloud = Panel("Longest wait against share of cost", partial(_cloud, tenants), tall=1.4)
+    return [worst, cloud] if tenants["cost_share"].notna().any() else [worst]
 
 
 def _engines(steps: pd.DataFrame) -> list[pd.DataFrame]:
-    return [part for _, part in steps.groupby("replica")] if "replica" in steps else [steps] if len(steps) else []
+    return [part for _, part in steps.groupby("replica")] if "replica" in steps else [steps]
 
 
 def _peaks(steps: pd.DataFrame, values: pd.Series[float]) -> tuple[FloatArray, FloatArray]:

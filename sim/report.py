@@ -50,7 +50,7 @@ def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, obje
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         scenario = tomllib.loads((folder / "scenario.toml").read_text(encoding="utf-8"))
-        tables = run_dir.read_tables(folder, float(summary["duration_s"]))
+        tables = run_dir.read_tables(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ScenarioError(
             f"{folder}: not a run directory of this version ({error}); run the scenario again"

@@ -13,7 +13,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
@@ -104,7 +104,8 @@ def run_point(tables: Tables, name: str, base_dir: Path, point: Point) -> Tables
     """The row of one run: settings, seed, `status` (ok, or refused with `error`: it cannot be served), and the summary."""
     row: Tables = {key: _cell(value) for key, value in point.settings} | {"seed": point.seed}
     try:
-        _, summary, _ = execute(from_tables(with_settings(tables, point), name, base_dir))
+        scenario = from_tables(with_settings(tables, point), name, base_dir)
+        _, summary, _ = execute(replace(scenario, step_rows=False))
     except (ScenarioError, WorkloadError, BackendError) as error:
         return row | {"status": "refused", "error": str(error)}
     kept = {key: value for key, value in summary.items() if key not in ("scenario", "seed", *row)}

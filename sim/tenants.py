@@ -49,7 +49,7 @@ def tenant_table(tables: RunTables) -> pd.DataFrame:
             out[f"p{p}_{name}_ms"] = groups[name].quantile(p / 100)
     out["token_share"] = out.pop("tokens") / max(1, int(columns["tokens"].sum()))
     named = tables.adapters.set_index("adapter")[["name", "rank", "stages", "activations"]]
-    out["cost_share"] = cost_shares(tables).reindex(out.index).fillna(0.0)
+    out["cost_share"] = cost_shares(tables).reindex(out.index)
     out = out.join(named).fillna({"name": "base", "rank": 0, "stages": 0, "activations": 0})
     out = out.astype({"rank": "int64", "stages": "int64", "activations": "int64"})
     waits = out["longest_wait_s"].to_numpy()
