@@ -47,9 +47,9 @@ def servegen(requests: int, folder: Path) -> dict[str, object]:
     }
 
 
-def synthetic(requests: int, adapters: int, replicas: int, seqs: int = 256, output: int = 150) -> dict[str, object]:
-    """Poisson arrivals that keep each replica's batch about as large as `max_num_seqs` allows without a queue."""
-    rate = 6.0 * replicas * (seqs / 256) * (150 / output)
+def synthetic(requests: int, adapters: int, replicas: int, seqs: int = 128, output: int = 150) -> dict[str, object]:
+    """Poisson arrivals whose rate goes with `max_num_seqs` and the inverse of the output length; a real batch, no overload."""
+    rate = 24.0 * replicas * (seqs / 128) * (150 / output)
     fleet = {"replicas": replicas, "router": "least_outstanding"} if replicas > 1 else {}
     return {
         "model": {"geometry": "llama-3.1-8b"},
@@ -128,7 +128,7 @@ def growth(folder: Path) -> list[dict[str, object]]:
         cases.append(("requests, with step rows", n, servegen(n, folder), True))
     cases += [("adapters", a, synthetic(50_000, a, 1), False) for a in (10, 100, 1000, 10_000)]
     cases += [("replicas", r, synthetic(100_000, 100, r), False) for r in (1, 8, 64)]
-    cases += [("max_num_seqs", s, synthetic(50_000, 100, 1, seqs=s), False) for s in (64, 256, 1024)]
+    cases += [("max_num_seqs", s, synthetic(50_000, 100, 1, seqs=s), False) for s in (32, 128, 512)]
     cases += [("median output_tokens", o, synthetic(50_000, 100, 1, output=o), False) for o in (50, 150, 450, 1350)]
     for kind, value, tables, step_rows in cases:
         rows.append({"grows": kind, "value": value, **elsewhere(tables, step_rows=step_rows)})
