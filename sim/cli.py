@@ -165,9 +165,11 @@ def _sweep(args: argparse.Namespace) -> None:
     print(results[shown].to_string(index=False, float_format=lambda v: f"{v:.3g}" if v < 10 else f"{v:.0f}"))
     for message in results["error"].dropna().unique():
         print(f"refused: {message}")
+    caption = sweep_caption(results, Path(args.scenario).stem, list(sets))
+    print(caption)
     for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
         print(sentence)
-    sweep_figures(results, list(sets), sweep_caption(results, Path(args.scenario).stem), args.out)
+    sweep_figures(results, list(sets), caption, args.out)
     print(args.out)
 
 

@@ -55,13 +55,15 @@ def thinned(steps: Path) -> pd.DataFrame:
     """The steps of a file, or of every so many the first, with the loads of all of them added up."""
     file = pq.ParquetFile(steps)
     stride = -(-max(1, file.metadata.num_rows) // LOOKED_AT)
-    columns = [name for name in ("replica", *_SHOWN, *_COUNTED) if name in file.schema_arrow.names]
+    columns = [name for name in ("replica", "end_s", *_SHOWN, *_COUNTED) if name in file.schema_arrow.names]
     parts: list[pd.DataFrame] = []
     for batch in file.iter_batches(batch_size=GROUP // stride * stride, columns=columns):
         frame = batch.to_pandas()
         first = frame.iloc[::stride].reset_index(drop=True)
+        starts = np.arange(0, len(frame), stride)
         for name in _COUNTED:
-            first[name] = np.add.reduceat(frame[name].to_numpy(), np.arange(0, len(frame), stride))
+            first[name] = np.add.reduceat(frame[name].to_numpy(), starts)
+        first["end_s"] = np.maximum.reduceat(frame["end_s"].to_numpy(), starts)  # an engine is idle only after it
         parts.append(first)
     return pd.concat(parts, ignore_index=True) if parts else file.schema_arrow.empty_table().to_pandas()
 

@@ -173,7 +173,7 @@ def test_rows_come_in_groups_whatever_the_pieces(tmp_path: Path) -> None:
 def test_a_figure_sees_every_load_of_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_file, "LOOKED_AT", 100)
     monkeypatch.setattr(row_file, "GROUP", 64)
-    names = ("start_s", "running", "waiting", "used_blocks", "free_blocks", "activations", "stages")
+    names = ("start_s", "end_s", "running", "waiting", "used_blocks", "free_blocks", "activations", "stages")
     steps = pd.DataFrame({name: np.arange(1001) for name in names})
     file = RowFile(tmp_path / "steps.parquet")
     file.write(steps)
@@ -181,6 +181,7 @@ def test_a_figure_sees_every_load_of_a_long_run(tmp_path: Path, monkeypatch: pyt
     seen = thinned(tmp_path / "steps.parquet")
     assert len(seen) <= 130
     assert seen["activations"].sum() == steps["activations"].sum()
+    assert seen["end_s"].iloc[-1] == steps["end_s"].iloc[-1]
 
 
 @pytest.mark.parametrize("scenario", ["demo-azure", "demo-fleet"])
@@ -193,6 +194,8 @@ def test_without_step_rows_a_run_says_the_same(tmp_path: Path, scenario: str) ->
     assert len(pd.read_parquet(tmp_path / "with" / "steps.parquet")) > 100
     assert len(pd.read_parquet(tmp_path / "without" / "steps.parquet")) == 0
     assert main(["report", str(tmp_path / "without")]) == 0
+    assert (tmp_path / "without" / "report.html").read_text().count("<figure>") == 2
+    assert pd.read_parquet(tmp_path / "without" / "tenants.parquet")["cost_share"].isna().all()
 
 
 def test_a_run_step_by_step_writes_the_same_files(tmp_path: Path) -> None:
