@@ -17,18 +17,21 @@ from backend.replay import ReplayBackend
 from sim.config import EngineConfig
 from sim.fleet import Fleet
 from sim.fleet_config import FleetConfig, FleetEvent
+from sim.fleet_tables import uses_of
 from sim.slo import FloatArray, Promise, Watch, attained, keeps, times_s, values_of
+from sim.swapping import Swap, SwappedModels, blocks_without_lora
 from sim.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """`replicas` engines of one kind behind a router."""
+    """`replicas` engines of one kind behind a router; with `swap` they serve whole merged models in turns."""
 
     geometry: str
     profile: str
     engine: EngineConfig
     fleet: FleetConfig
+    swap: Swap | None = None
 
     @property
     def replicas(self) -> int:
@@ -86,8 +89,10 @@ class WhatIf:
 
 
 @lru_cache(maxsize=256)
-def _parts(geometry: str, profile: str, limits: EngineLimits) -> tuple[Profile, ModelGeometry, int]:
+def _parts(geometry: str, profile: str, limits: EngineLimits, swap: Swap | None) -> tuple[Profile, ModelGeometry, int]:
     shapes, loaded = load_geometry(geometry), load_profile(profile)
+    if swap is not None:
+        return loaded, shapes, blocks_without_lora(shapes, limits, loaded.gpu_bytes, swap.resident)
     return loaded, shapes, memory_plan(shapes, limits, loaded.gpu_bytes).num_gpu_blocks
 
 
@@ -96,7 +101,9 @@ def open_replica(deployment: Deployment, relief: Relief = NO_RELIEF) -> Backend:
     from sim.run import limits_of
 
     limits = limits_of(deployment.engine)
-    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits)
+    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits, deployment.swap)
+    if deployment.swap is not None:
+        return SwappedModels(profile, shapes, limits, blocks, deployment.swap)
     if relief.max_loras is not None:  # more slots, at no cost in KV blocks
         limits = replace(limits, max_loras=relief.max_loras)
     inner = ReplayBackend(profile, shapes, limits, blocks)
@@ -119,6 +126,28 @@ class Trial:
     facts: dict[str, float]
 
 
+def play(
+    deployment: Deployment,
+    traffic: Traffic,
+    *,
+    relief: Relief = NO_RELIEF,
+    events: tuple[FleetEvent, ...] = (),
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> Fleet:
+    """The fleet after it has served `traffic`, or after `watch` stopped it. Raises what `Fleet` raises for what cannot be served."""
+    engine = deployment.engine
+    if relief.max_loras is not None:
+        host = max(relief.max_loras, engine.host_loras)
+        engine = replace(engine, max_loras=relief.max_loras, max_cpu_loras=host)
+    fleet = Fleet(
+        traffic.requests, traffic.catalogue, engine, lambda: open_replica(deployment, relief),
+        replace(deployment.fleet, events=events), pinned=traffic.pinned, seed=seed,
+    )  # fmt: skip
+    fleet.run(watch=watch)
+    return fleet
+
+
 def attempt(
     deployment: Deployment,
     traffic: Sequence[Traffic],
@@ -134,20 +163,14 @@ def attempt(
     `to_the_end`: do not stop when the promise is broken. Raises what `Fleet` raises for what cannot be served.
     """
     watch = Watch(promise, [n for t in traffic for n in t.requests.output_tokens.tolist()])
-    engine = deployment.engine
-    if relief.max_loras is not None:
-        host = max(relief.max_loras, engine.host_loras)
-        engine = replace(engine, max_loras=relief.max_loras, max_cpu_loras=host)
     runs: list[Fleet] = []
     for seed, seeded in enumerate(traffic):
-        faster = seeded.faster(factor)
-        fleet = Fleet(
-            faster.requests, seeded.catalogue, engine, lambda: open_replica(deployment, relief),
-            replace(deployment.fleet, events=events), pinned=seeded.pinned, seed=seed,
+        watch.next_run()
+        fleet = play(
+            deployment, seeded.faster(factor), relief=relief, events=events, seed=seed,
+            watch=None if to_the_end else watch,
         )  # fmt: skip
         runs.append(fleet)
-        watch.next_run()
-        fleet.run(watch=None if to_the_end else watch)
         if not (to_the_end or fleet.settled):
             break
     times = [times_s(fleet.tickets) for fleet in runs]
@@ -172,9 +195,16 @@ def _facts(runs: Sequence[Fleet], times: dict[str, FloatArray]) -> dict[str, flo
         "skipped_share": sum(state.skips > 0 for state in states) / max(1, len(states)),
         "preemptions": float(sum(state.preemptions for state in states)),
         "max_kv_usage": max((r.used_blocks / max(1, r.used_blocks + r.free_blocks) for r in rows), default=0.0),
+        "homes": _homes(runs),
         "stages": float(sum(row.stages for row in rows)),
         "extrapolated_share": sum(row.extrapolated for row in rows) / max(1, len(rows)),
     }
+
+
+def _homes(runs: Sequence[Fleet]) -> float:
+    """How many replicas loaded an adapter, mean over the adapters that were used at all; 0 without adapters."""
+    homes = [count for fleet in runs for count in uses_of(fleet)[1].values()]
+    return float(np.mean(homes)) if homes else 0.0
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -54,10 +54,10 @@ def run_figure(tables: RunTables, caption: str, file: Path) -> None:
     for axis in axes.flat:
         axis.grid(visible=True, alpha=0.3)
     figure.suptitle(caption, fontsize=9)
-    _save(figure, file)
+    save(figure, file)
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
     """As PNG or SVG by the file's name."""
     from matplotlib import pyplot as plt
 
@@ -92,7 +92,7 @@ def tenant_figure(tenants: pd.DataFrame, caption: str, file: Path) -> None:
     for axis in (bars, cloud):
         axis.grid(visible=True, alpha=0.3)
     figure.suptitle(caption, fontsize=9)
-    _save(figure, file)
+    save(figure, file)
 
 
 def workload_figure(requests: RequestTable, caption: str, file: Path) -> None:
@@ -131,4 +131,4 @@ def workload_figure(requests: RequestTable, caption: str, file: Path) -> None:
     for axis in axes.flat:
         axis.grid(visible=True, alpha=0.3)
     figure.suptitle(caption, fontsize=9)
-    _save(figure, file)
+    save(figure, file)

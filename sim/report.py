@@ -1,4 +1,4 @@
-"""`multilora report`: a run directory or a sweep as one self-contained HTML page, and a run's timeline for Perfetto."""
+"""`multilora report`: a run, a sweep or a plan as one self-contained HTML page, and a run's timeline for Perfetto."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from sim.errors import ScenarioError
+from sim.plan_report import is_plan, plan_page
 from sim.plots import run_figure, tenant_figure
 from sim.tables import RunTables
 from sim.tenants import tenant_table
@@ -53,7 +54,10 @@ def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, obje
 
 
 def report(folder: Path) -> list[Path]:
-    """Write `report.html` into a run directory or a sweep; for a run also `timeline.json`, `tenants.parquet` and figures."""
+    """Write `report.html` into a run, a sweep or a plan; for a run also `timeline.json`, `tenants.parquet` and figures."""
+    if is_plan(folder):
+        (title, body), figures = plan_page(folder, _figure, _table)
+        return [*figures, _write(folder / "report.html", _page(title, body))]
     if (folder / "results.parquet").is_file():
         return [_write(folder / "report.html", _sweep_page(folder))]
     tables, summary, scenario = read_run(folder)

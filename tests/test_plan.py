@@ -17,8 +17,8 @@ from sim.config import EngineConfig
 from sim.deployment import Deployment, Relief, attempt, interval
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig
-from sim.plan import Grid, candidates_of
 from sim.plan_checks import twice_the_adapters, unlike_vllm, vllm_command
+from sim.plan_grid import Grid, candidates_of
 from sim.plan_search import Candidate, Judge, exhaustive, fewest, greatest, improve, least, search, sustainable
 from sim.scenario import load_scenario
 from sim.slo import Limit, Promise, attained, keeps, parse_slo
@@ -216,6 +216,17 @@ def test_candidates_have_a_rank_that_vllm_takes() -> None:
     made = candidates_of(scenario, odd, Grid(), {H100: 1.0})
     assert {c.deployment.engine.max_lora_rank for c in made} == {32}
     assert all(c.deployment.engine.host_loras >= c.deployment.engine.max_loras for c in made)
+    assert {c.deployment.engine.host_loras - c.deployment.engine.max_loras for c in made} == {0, 8, 4}, (
+        "vLLM's, and all"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_adapters_have_candidates_too(count: int) -> None:
+    few = Traffic(traffic(1).requests, Catalogue.uniform(count, [8]))
+    slots = {c.deployment.engine.max_loras for c in candidates_of(load_scenario("demo-plan"), few, Grid(), {H100: 1.0})}
+    assert slots
+    assert min(slots) <= 4
 
 
 SCENARIO = """
@@ -261,8 +272,11 @@ def test_a_plan_from_the_command_line(scenario: Path, tmp_path: Path, capsys: py
         "USD per million tokens",
         "±",
         "MAPE",
+        "P99 TTFT (ms): * the plan",
+        "  replicas ",
     ):
         assert word in printed
+    assert (tmp_path / "one" / "pareto.svg").is_file()
     assert main([*what, "--jobs", "2", "--out", str(tmp_path / "two")]) == 0
     one, two = (json.loads((tmp_path / name / "plan.json").read_text()) for name in ("one", "two"))
     assert one == two
