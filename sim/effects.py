@@ -131,11 +131,12 @@ def rank(deployment: Deployment, traffic: tuple[Traffic, ...]) -> Iterator[Varia
         bound = replace(deployment, engine=replace(deployment.engine, max_lora_rank=most))
         for name, own in (("own ranks", least), ("padded", most)):
             if name == "own ranks" or most > least:
-                some = tuple(replace(t, catalogue=_of_rank(t.catalogue, own)) for t in traffic)
+                some = tuple(replace(t, catalogue=of_rank(t.catalogue, own)) for t in traffic)
                 yield Variant(f"rank {least}, max_lora_rank {most}, {name}", bound, some, counted)
 
 
-def _of_rank(catalogue: Catalogue, value: int) -> Catalogue:
+def of_rank(catalogue: Catalogue, value: int) -> Catalogue:
+    """The same adapters, all of one rank. Raises `WorkloadError` for a rank that none can have."""
     return Catalogue(tuple(replace(a, rank=value) for a in catalogue))
 
 

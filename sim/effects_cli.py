@@ -13,7 +13,7 @@ from backend.geometry import load_geometry
 from backend.profile import load_profile
 from sim import run_dir
 from sim.deployment import Deployment
-from sim.effects import KINDS, Effect, effects
+from sim.effects import KINDS, Effect, effects, of_rank
 from sim.errors import ScenarioError
 from sim.plan_cli import check_counts, with_duration
 from sim.plan_grid import vllm_rank
@@ -28,6 +28,7 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     verb.add_argument("--of", choices=tuple(KINDS), required=True, help="what is changed")
     verb.add_argument("--max-loras", type=int, help="instead of engine.max_loras")
     verb.add_argument("--base-share", type=float, default=0.0, help="share of the requests to send to the base model")
+    verb.add_argument("--rank", type=int, help="of every adapter, instead of the scenario's ranks")
     verb.add_argument("--profile", help="a shipped profile or a profile folder, instead of the scenario's")
     verb.add_argument("--seeds", type=int, default=3, help="seeds that are counted together (default 3)")
     verb.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     if profile is None:
         raise ScenarioError("effects needs a profile: --profile or backend.profile")
     traffic = tuple(traffic_of(scenario, scenario.seed + i) for i in range(args.seeds))
+    if args.rank is not None:
+        traffic = tuple(replace(t, catalogue=of_rank(t.catalogue, args.rank)) for t in traffic)
     slots = args.max_loras or scenario.engine.max_loras
     host = scenario.engine.max_cpu_loras
     engine = replace(

@@ -91,8 +91,9 @@ def test_the_hottest_adapters() -> None:
 def test_effects_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "e"
     what = ["effects", "demo-plan", "--of", "base", "--base-share", "0.5", "--duration-s", "3", "--seeds", "1"]
-    assert main([*what, "--max-loras", "8", "--out", str(out)]) == 0
+    assert main([*what, "--max-loras", "8", "--rank", "64", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("an adapter of rank") == 1
     assert "an adapter of rank 64 (336 MB): disk to host" in printed
     assert "max_loras 8; profile MAPE 2.6%" in printed
     assert len(pd.read_parquet(out / "effects.parquet")) == 4
@@ -104,6 +105,7 @@ def test_effects_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--base-share", "2"], "--base-share is 2.0"),
         (["--max-loras", "0"], "--max-loras is 0"),
+        (["--rank", "12"], "rank is 12, must be a multiple of 8"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--base-share", "0.5", "--profile", "none"], "profile none"),
     ],
