@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint wheel-test clean
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/.stamp: pyproject.toml setup.py constraints.txt $(wildcard sim/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@

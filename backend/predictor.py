@@ -44,6 +44,14 @@ def hat(value: float, knots: Sequence[float]) -> list[float]:
     return weights
 
 
+def dot(coefficients: Sequence[float], terms: Sequence[float]) -> float:
+    """Sum of products, one after the other: `sum` compensates its rounding in some versions of Python, the compiled replay does not."""
+    total = 0.0
+    for c, t in zip(coefficients, terms, strict=True):
+        total += c * t
+    return total
+
+
 def host_terms(f: StepFeatures) -> list[float]:
     """What the host's seconds of a step depend on: the step, whether it has adapters or follows one with prompts, its sizes."""
     flags = (1.0, 1.0 if f.active_adapters else 0.0, 1.0 if f.after_prompts else 0.0)
@@ -129,11 +137,10 @@ class Predictor:
         """(device_s, host_s, whether the step lies outside the measured range)."""
         name, size = self.regime(f)
         regime = self.regimes.get(name) or self.regimes["eager"]
-        terms = regime.terms(f, size)
-        device = sum(c * t for c, t in zip(regime.device, terms, strict=True))
-        host = sum(c * t for c, t in zip(regime.host, host_terms(f), strict=True))
+        device = dot(regime.device, regime.terms(f, size))
+        host = dot(regime.host, host_terms(f))
         if regime.launch:
-            device = max(device, sum(c * t for c, t in zip(regime.launch, host_terms(f), strict=True)))
+            device = max(device, dot(regime.launch, host_terms(f)))
         return device, host, not regime.contains(f)
 
     def parts(self, f: StepFeatures) -> dict[str, float]:

@@ -9,6 +9,7 @@ from backend.features import StepFeatures
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
+    from backend.predictor import Predictor
     from backend.profile import Profile
 
 
@@ -24,6 +25,11 @@ class ReplayBackend:
         self.num_gpu_blocks = num_gpu_blocks
         self.slot_ranks: dict[int, int] = {}
         self.after_prompts = False
+
+    @property
+    def step_costs(self) -> tuple[Predictor, float]:
+        """What `execute` takes the seconds of a step from, and the factor on them: all that a compiled replay must know."""
+        return self.profile.predictor, 1.0
 
     def capacity(self) -> Capacity:
         """KV blocks by the memory model, slots as configured."""

@@ -123,10 +123,7 @@ def deltas(question: Question, traffic: Sequence[Traffic]) -> Arm | None:
 def dedicated(question: Question, traffic: Sequence[Traffic]) -> Arm | None:
     """Each fine-tune on GPUs of its own, where it keeps the promise to its own users; one without requests takes a GPU, too."""
     gpus, cost, kinds = 0, 0.0, sorted(question.prices, key=lambda p: question.prices[p])
-    candidates = [
-        Candidate(_copies(question, kind, Swap(1, question.load_bytes_per_s[kind])), question.prices[kind])
-        for kind in kinds
-    ]
+    candidates = [Candidate(_copies(question, kind), question.prices[kind]) for kind in kinds]
     for model in range(1, len(traffic[0].catalogue) + 1):
         own = [t for t in (merged(t, model) for t in traffic) if len(t.requests)]
         found = cheapest(candidates, own, question.promise, question.most) if own else Found(candidates[0], 1, 0)
@@ -148,13 +145,13 @@ def time_shared(question: Question, traffic: Sequence[Traffic], alone: Arm | Non
     return Arm(found.replicas, found.cost, how)
 
 
-def _copies(question: Question, profile: str, swap: Swap, **engine: object) -> Deployment:
-    """Engines without LoRA that serve one merged model at a time."""
+def _copies(question: Question, profile: str, swap: Swap | None = None, **engine: object) -> Deployment:
+    """Engines without LoRA that serve one merged model, or with `swap` one at a time."""
     alone: EngineConfig = replace(
         question.scenario.engine, max_loras=1, max_cpu_loras=100_000, max_lora_rank=8, lora_loading="blocking",
         **engine,  # type: ignore[arg-type]
     )  # fmt: skip
-    return Deployment(question.scenario.geometry, profile, alone, FleetConfig(), swap)
+    return Deployment(question.scenario.geometry, profile, alone, FleetConfig(), lora=False, swap=swap)
 
 
 def _turns(question: Question) -> Iterator[Candidate]:

@@ -12,6 +12,7 @@ import numpy as np
 from backend.base import AdapterShape, Backend, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
 from backend.geometry import ModelGeometry, load_geometry
 from backend.memory import memory_plan
+from backend.predictor import Predictor
 from backend.profile import Profile, load_profile
 from backend.replay import ReplayBackend
 from sim.config import EngineConfig
@@ -25,12 +26,16 @@ from sim.traffic import Traffic
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """`replicas` engines of one kind behind a router; with `swap` they serve whole merged models in turns."""
+    """`replicas` engines of one kind behind a router.
+
+    Without `lora` they have no slots, and no request may name an adapter; with `swap` they serve whole merged models in turns.
+    """
 
     geometry: str
     profile: str
     engine: EngineConfig
     fleet: FleetConfig
+    lora: bool = True
     swap: Swap | None = None
 
     @property
@@ -61,9 +66,15 @@ class WhatIf:
 
     needs_block_tables = False
 
-    def __init__(self, inner: Backend, relief: Relief) -> None:
+    def __init__(self, inner: ReplayBackend, relief: Relief) -> None:
         self._inner = inner
         self._relief = relief
+
+    @property
+    def step_costs(self) -> tuple[Predictor, float]:
+        """As `ReplayBackend.step_costs`."""
+        predictor, factor = self._inner.step_costs
+        return predictor, factor * self._relief.steps
 
     def capacity(self) -> Capacity:
         there = self._inner.capacity()
@@ -89,10 +100,11 @@ class WhatIf:
 
 
 @lru_cache(maxsize=256)
-def _parts(geometry: str, profile: str, limits: EngineLimits, swap: Swap | None) -> tuple[Profile, ModelGeometry, int]:
+def _parts(geometry: str, profile: str, limits: EngineLimits, models: int) -> tuple[Profile, ModelGeometry, int]:
+    """`models`: whole models beside each other on an engine without LoRA; 0: an engine with LoRA."""
     shapes, loaded = load_geometry(geometry), load_profile(profile)
-    if swap is not None:
-        return loaded, shapes, blocks_without_lora(shapes, limits, loaded.gpu_bytes, swap.resident)
+    if models:
+        return loaded, shapes, blocks_without_lora(shapes, limits, loaded.gpu_bytes, models)
     return loaded, shapes, memory_plan(shapes, limits, loaded.gpu_bytes).num_gpu_blocks
 
 
@@ -100,10 +112,11 @@ def open_replica(deployment: Deployment, relief: Relief = NO_RELIEF) -> Backend:
     """A backend for one replica. Raises `BackendError` for a model that does not fit."""
     from sim.run import limits_of
 
-    limits = limits_of(deployment.engine)
-    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits, deployment.swap)
-    if deployment.swap is not None:
-        return SwappedModels(profile, shapes, limits, blocks, deployment.swap)
+    limits, swap = limits_of(deployment.engine), deployment.swap
+    models = swap.resident if swap is not None else int(not deployment.lora)
+    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits, models)
+    if swap is not None:
+        return SwappedModels(profile, shapes, limits, blocks, swap)
     if relief.max_loras is not None:  # more slots, at no cost in KV blocks
         limits = replace(limits, max_loras=relief.max_loras)
     inner = ReplayBackend(profile, shapes, limits, blocks)
@@ -142,7 +155,7 @@ def play(
         engine = replace(engine, max_loras=relief.max_loras, max_cpu_loras=host)
     fleet = Fleet(
         traffic.requests, traffic.catalogue, engine, lambda: open_replica(deployment, relief),
-        replace(deployment.fleet, events=events), pinned=traffic.pinned, seed=seed,
+        replace(deployment.fleet, events=events), pinned=traffic.pinned, seed=seed, step_rows=False,
     )  # fmt: skip
     fleet.run(watch=watch)
     return fleet
@@ -183,21 +196,21 @@ def attempt(
 
 
 def _facts(runs: Sequence[Fleet], times: dict[str, FloatArray]) -> dict[str, float]:
-    rows = [row for fleet in runs for member in fleet.members for engine in member.lives for row in engine.rows]
+    totals = [engine.totals for fleet in runs for member in fleet.members for engine in member.lives]
     states = [ticket.state for fleet in runs for ticket in fleet.tickets]
-    busy = sum(row.end_s - row.start_s for row in rows)
+    busy, steps = sum(engine.busy_s for engine in totals), sum(engine.steps for engine in totals)
     engines = sum(len(fleet.members) * fleet.end_s for fleet in runs)
     finite = times["ttft"][np.isfinite(times["ttft"])]
     return {
         "p99_ttft_s": float(np.percentile(finite, 99)) if len(finite) else math.nan,
         "busy_share": busy / max(1e-9, engines),
-        "load_share": sum(row.load_s for row in rows) / max(1e-9, busy),
+        "load_share": sum(engine.load_s for engine in totals) / max(1e-9, busy),
         "skipped_share": sum(state.skips > 0 for state in states) / max(1, len(states)),
         "preemptions": float(sum(state.preemptions for state in states)),
-        "max_kv_usage": max((r.used_blocks / max(1, r.used_blocks + r.free_blocks) for r in rows), default=0.0),
+        "max_kv_usage": max((engine.max_usage for engine in totals), default=0.0),
         "homes": _homes(runs),
-        "stages": float(sum(row.stages for row in rows)),
-        "extrapolated_share": sum(row.extrapolated for row in rows) / max(1, len(rows)),
+        "stages": float(sum(engine.stages for engine in totals)),
+        "extrapolated_share": sum(engine.extrapolated for engine in totals) / max(1, steps),
     }
 
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from sim.deployment import NO_RELIEF, Deployment, Relief, open_replica, play
 from sim.errors import ScenarioError
+from sim.fleet_tables import uses_of
 from sim.slo import times_s
-from sim.swapping import Swap
 from sim.traffic import Traffic
 from workloads.adapters import Catalogue
 from workloads.popularity import with_base
@@ -57,19 +57,20 @@ def effects(variants: Iterator[Variant]) -> Iterator[Effect]:
         fleets = [
             play(variant.deployment, t, relief=variant.relief, seed=seed) for seed, t in enumerate(variant.traffic)
         ]
-        rows = [row for f in fleets for m in f.members for engine in m.lives for row in engine.rows]
+        totals = [engine.totals for f in fleets for m in f.members for engine in m.lives]
+        uses = [use for f in fleets for use in uses_of(f)[0].values()]
         times = [times_s(f.tickets) for f in fleets]
-        busy = sum(row.end_s - row.start_s for row in rows)
+        busy, steps = sum(total.busy_s for total in totals), sum(total.steps for total in totals)
         for group, masks in variant.counted.items():
             ttft, tpot = (
                 np.concatenate([t[key][mask] for t, mask in zip(times, masks, strict=True)]) for key in ("ttft", "tpot")
             )
             yield Effect(
                 f"{variant.name}{group and ': '}{group}", len(ttft), 1e3 * float(ttft.mean()),
-                1e3 * float(np.percentile(ttft, 99)), 1e3 * float(np.nanmean(tpot)), sum(row.stages for row in rows),
-                sum(row.activations for row in rows), sum(row.load_s for row in rows) / max(1e-9, busy),
+                1e3 * float(np.percentile(ttft, 99)), 1e3 * float(np.nanmean(tpot)), sum(use.stages for use in uses),
+                sum(use.activations for use in uses), sum(total.load_s for total in totals) / max(1e-9, busy),
                 open_replica(variant.deployment, variant.relief).capacity().num_gpu_blocks,
-                sum(row.extrapolated for row in rows) / max(1, len(rows)),
+                sum(total.extrapolated for total in totals) / max(1, steps),
             )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def base(deployment: Deployment, traffic: tuple[Traffic, ...], share: float) -> 
     plain = tuple(
         replace(t, pinned=(), requests=replace(t.requests, adapter=np.zeros(len(t.requests), np.int64))) for t in mixed
     )
-    yield Variant("no LoRA, all are base requests", replace(deployment, swap=Swap(1, 1.0)), plain, {"these": masks})
+    yield Variant("no LoRA, all are base requests", replace(deployment, lora=False), plain, {"these": masks})
     yield Variant("LoRA on, all are base requests", deployment, plain, {"these": masks})
     others = tuple(~mask for mask in masks)
     groups = {"these": masks} | ({"the others": others} if any(mask.any() for mask in others) else {})

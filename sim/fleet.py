@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import simpy
 
 from backend.base import Backend
 from sim.autoscaling import Steady, wanted
+from sim.compiled import CompiledReplica, CompiledState, Shared, supports
 from sim.config import EngineConfig
 from sim.engine import limit, refuse_impossible
 from sim.errors import ScenarioError
@@ -18,14 +20,14 @@ from sim.replica import Process, Replica
 from sim.router import ROUTERS
 from sim.state import RequestState
 from workloads.adapters import Catalogue
-from workloads.requests import Request, RequestTable
+from workloads.requests import RequestTable
 
 
 class Fleet:
     """A fleet that serves `requests`; `run()` plays it, `sim.fleet_tables` makes tables of what is left.
 
     `open_backend` gives each engine a backend of its own. Every request is always in one place: not arrived, held at the
-    router (`held`), in one member, or finished (I1).
+    router (`held`), in one member, or finished (I1). `step_rows`, `fast_forward`: as `sim.engine.simulate`.
     Raises `ScenarioError` for what no engine could serve and for events that cannot be.
     """
 
@@ -40,6 +42,8 @@ class Fleet:
         pinned: Sequence[int] = (),
         check: bool = False,
         seed: int = 0,
+        step_rows: bool = True,
+        fast_forward: bool = True,
     ) -> None:
         self.env = simpy.Environment()
         self.requests = requests
@@ -56,7 +60,12 @@ class Fleet:
         self._router = ROUTERS[fleet.router](fleet.load_bound, seed)
         self._weights = weights_of(requests, catalogue)
         self._homes: Homes = {}
-        refuse_impossible(requests, catalogue, config, open_backend(), pinned)
+        self._step_rows = step_rows
+        backend = open_backend()
+        refuse_impossible(requests, catalogue, config, backend, pinned)
+        compiled = fast_forward and not check and supports(config, backend)
+        self.shared = Shared(requests, catalogue, config, backend) if compiled else None
+        self._over = self.env.event()
         for _ in range(fleet.replicas):
             self._ready(self._new())
         self._place()
@@ -71,6 +80,8 @@ class Fleet:
     ) -> float:
         """Play to the end or to `horizon_s`; the clock at the end. `watch`, asked every so many events, may stop it."""
         stop = float("inf") if horizon_s is None else horizon_s
+        if self.shared is not None:
+            self.shared.stop_s = stop
         # Events and autoscaling go on when all is served; nothing is left to learn then.
         may_outlive = bool(self.fleet.events) or self.fleet.autoscaling is not None
         played = 0
@@ -79,11 +90,18 @@ class Fleet:
             played += 1
             if (watch is not None and played % every == 0 and watch(self)) or (may_outlive and self.settled):
                 break
-        self.end_s = self.env.now if horizon_s is None or self.settled else horizon_s
+        self.end_s = self._now_s() if horizon_s is None or self.settled else horizon_s
+        for member in self.members:
+            member.engine.finish(self.end_s)
         for member in self.members:
             if member.status not in (DOWN, GONE):
                 self._stop_paying(member, self.end_s)
         return self.end_s
+
+    def _now_s(self) -> float:
+        """When the last step landed, by the clock of its engine: SimPy's may differ from it in the last bit."""
+        clocks = [engine.now_s for member in self.members for engine in member.lives]
+        return max(clocks) if self.tickets else float(self.env.now)
 
     @property
     def settled(self) -> bool:
@@ -99,15 +117,19 @@ class Fleet:
         return [member for member in self.members if member.status == UP]
 
     def _arrivals(self) -> Process:
-        for request in self.requests:
-            if request.arrival_s > self.env.now:
-                yield self.env.timeout(request.arrival_s - self.env.now)
-            ticket = Ticket(self._fresh(request))
+        for state in self._asked():
+            if state.arrival_s > self.env.now:
+                yield self.env.timeout(state.arrival_s - self.env.now)
+            ticket = Ticket(state)
             self.tickets.append(ticket)
             self._dispatch(ticket)
+        self._over.succeed()
 
-    def _fresh(self, request: Request) -> RequestState:
-        return RequestState(request, limit(request, self.config))
+    def _asked(self) -> Iterator[RequestState | CompiledState]:
+        if self.shared is None:
+            return (RequestState(request, limit(request, self.config)) for request in self.requests)
+        columns = (self.requests.arrival_s.tolist(), self.requests.adapter.tolist())
+        return (CompiledState(row, at_s, adapter) for row, (at_s, adapter) in enumerate(zip(*columns, strict=True)))
 
     def _dispatch(self, ticket: Ticket) -> None:
         """Send a request to a replica that may serve it; if all of those are away to any; if there is none, hold it."""
@@ -122,7 +144,8 @@ class Fleet:
         ticket.replica = chosen.index
         member = self.members[chosen.index]
         member.sent += 1
-        member.engine.add(ticket.state)
+        engine: Any = member.engine  # engines and states are of one kind throughout a fleet
+        engine.add(ticket.state)
 
     def _place(self) -> None:
         """Give every adapter its homes among the replicas that are meant to stay."""
@@ -138,8 +161,17 @@ class Fleet:
         return member
 
     def _boot(self, member: Member) -> None:
+        rows = self._step_rows
+        if self.shared is not None:
+            member.lives.append(
+                CompiledReplica(self.env, self.shared, pinned=self._pinned, keep_rows=rows, over=self._over)
+            )
+            return
+        backend = self._open_backend()
         member.lives.append(
-            Replica(self.env, self.catalogue, self.config, self._open_backend(), pinned=self._pinned, check=self._check)
+            Replica(
+                self.env, self.catalogue, self.config, backend, pinned=self._pinned, check=self._check, keep_rows=rows
+            )
         )
 
     def _ready(self, member: Member) -> None:
@@ -178,14 +210,14 @@ class Fleet:
         self._stop_paying(member, self.env.now)
         if member.process is not None and member.process.is_alive:
             member.process.interrupt()
-        orphans = sorted(member.engine.scheduler.unfinished(), key=lambda state: state.request.request_id)
+        orphans = member.engine.unfinished()
+        member.engine.kill()
         self._boot(member)  # an empty engine stands in until it recovers
         for state in orphans:
-            ticket = self.tickets[state.request.request_id]
+            ticket = self.tickets[state.row]
             ticket.requeues += 1
             ticket.lost_tokens += state.emitted
-            ticket.state = self._fresh(state.request)
-            ticket.state.preemptions, ticket.state.skips = state.preemptions, state.skips
+            ticket.state = state.again()
             self._dispatch(ticket)
 
     def _recover(self, member: Member) -> None:
@@ -233,7 +265,7 @@ class Fleet:
                     self._remove(member)
 
 
-def _until_killed(engine: Replica) -> Process:
+def _until_killed(engine: Replica | CompiledReplica) -> Process:
     """The engine's loop, ended by an interrupt."""
     try:
         yield from engine.run()

@@ -6,11 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from workloads.requests import BASE
-
 if TYPE_CHECKING:
     import simpy
 
+    from sim.compiled import CompiledReplica, CompiledState
     from sim.replica import Replica
     from sim.state import RequestState
 
@@ -26,7 +25,7 @@ class Ticket:
     An attempt whose replica failed starts over elsewhere: `requeues` of them, whose `lost_tokens` had been emitted.
     """
 
-    state: RequestState
+    state: RequestState | CompiledState
     replica: int = NOWHERE
     requeues: int = 0
     lost_tokens: int = 0
@@ -39,7 +38,7 @@ class Member:
     index: int
     max_loras: int
     status: str = STARTING
-    lives: list[Replica] = field(default_factory=list)
+    lives: list[Replica | CompiledReplica] = field(default_factory=list)
     paid_from_s: float = 0.0
     paid_s: float = 0.0
     failures: int = 0
@@ -47,30 +46,29 @@ class Member:
     process: simpy.Process | None = None
 
     @property
-    def engine(self) -> Replica:
+    def engine(self) -> Replica | CompiledReplica:
         return self.lives[-1]
 
     @property
     def waiting(self) -> int:
-        return len(self.engine.scheduler.waiting)
+        return self.engine.waiting
 
     @property
     def outstanding(self) -> int:
-        return len(self.engine.scheduler.running) + self.waiting
+        return self.engine.outstanding
 
     @property
     def kv_usage(self) -> float:
-        pool = self.engine.pool
-        return pool.used / max(1, pool.used + pool.free)
+        return self.engine.kv_usage
 
     @property
     def resident(self) -> Collection[int]:
-        return self.engine.manager.slots
+        return self.engine.resident
 
     @property
     def running_adapters(self) -> Collection[int]:
-        return {state.adapter for state in self.engine.scheduler.running} - {BASE}
+        return self.engine.running_adapters
 
     @property
     def waiting_adapters(self) -> Collection[int]:
-        return {state.adapter for state in self.engine.scheduler.waiting} - {BASE}
+        return self.engine.waiting_adapters

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from sim.fleet import Fleet
-from sim.tables import AdapterUse, MoveRow, RunTables, StepRow, adapter_table, request_table, row_table
+from sim.tables import ASKED, NOT_SENT, AdapterUse, RunTables, adapter_table, request_frame, request_table
+
+if TYPE_CHECKING:
+    from sim.compiled import CompiledReplica, CompiledState
+    from sim.state import RequestState
 
 
 def fleet_tables(fleet: Fleet) -> RunTables:
@@ -16,29 +23,55 @@ def fleet_tables(fleet: Fleet) -> RunTables:
     `requests` also have `replica` (-1: at the router), `requeues` and `lost_tokens`; `steps` (by their start) and `moves`
     (by replica) have `replica`; `adapters` are summed over the fleet, with `replicas`, how many of them loaded each.
     """
-    current = {s.request.request_id for member in fleet.members for s in member.engine.scheduler.running}
-    requests = request_table([ticket.state for ticket in fleet.tickets], current)
+    requests = _compiled_requests(fleet) if fleet.shared is not None else _requests(fleet)
     for name in ("replica", "requeues", "lost_tokens"):
         requests[name] = [getattr(ticket, name) for ticket in fleet.tickets]
     uses, homes = uses_of(fleet)
     adapters = adapter_table(fleet.catalogue, uses, requests)
     adapters["replicas"] = [homes.get(adapter, 0) for adapter in adapters["adapter"]]
-    return RunTables(
-        requests, _joined(fleet, "rows", StepRow), adapters, fleet.end_s, _joined(fleet, "moves", MoveRow),
-        replica_table(fleet, requests),
-    )  # fmt: skip
+    steps, moves = _joined(fleet)
+    totals = tuple(engine.totals for member in fleet.members for engine in member.lives)
+    return RunTables(requests, steps, adapters, fleet.end_s, moves, replica_table(fleet, requests), totals)
 
 
-def _joined(fleet: Fleet, rows: str, kind: type[StepRow | MoveRow]) -> pd.DataFrame:
-    parts = []
+def _requests(fleet: Fleet) -> pd.DataFrame:
+    current = set().union(*(member.engine.running_rows() for member in fleet.members))
+    return request_table([cast("RequestState", ticket.state) for ticket in fleet.tickets], current)
+
+
+def _compiled_requests(fleet: Fleet) -> pd.DataFrame:
+    """Gathered engine by engine: each request's attempt that counts."""
+    states = [cast("CompiledState", ticket.state) for ticket in fleet.tickets]
+    engines = [cast("CompiledReplica", engine) for member in fleet.members for engine in member.lives]
+    number = {id(engine): i for i, engine in enumerate(engines)}
+    where = np.array([-1 if s.engine is None else number[id(s.engine)] for s in states], dtype=np.int64)
+    place = np.array([s.place for s in states], dtype=np.int64)
+    earlier = np.array([s.earlier for s in states], dtype=np.int64).reshape(len(states), 2)
+    became: dict[str, npt.NDArray[Any]] = {name: np.full(len(states), missing) for name, missing in NOT_SENT.items()}
+    for i, engine in enumerate(engines):
+        there = np.nonzero(where == i)[0]
+        known = engine.states()
+        for name, column in became.items():
+            column[there] = known[name][place[there]]
+    became["preemptions"] = became["preemptions"] + earlier[:, 0]
+    became["skips"] = became["skips"] + earlier[:, 1]
+    rows = np.array([s.row for s in states], dtype=np.int64)
+    return request_frame({"request_id": rows, **{k: getattr(fleet.requests, k)[rows] for k in ASKED}}, became)
+
+
+def _joined(fleet: Fleet) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Steps by their start, and moves by replica."""
+    parts: tuple[list[pd.DataFrame], list[pd.DataFrame]] = ([], [])
     for member in fleet.members:
-        part = row_table([row for engine in member.lives for row in getattr(engine, rows)], kind)
-        part.insert(0, "replica", member.index)
-        if "step" in part:
-            part["step"] = range(len(part))  # its engines' steps, one after the other
-        parts.append(part)
-    whole = pd.concat(parts, ignore_index=True)
-    return whole.sort_values(["start_s", "replica"], kind="stable", ignore_index=True) if kind is StepRow else whole
+        lives = [engine.frames() for engine in member.lives]
+        for whole, frames in zip(parts, zip(*lives, strict=True), strict=True):
+            part = pd.concat(frames, ignore_index=True)
+            part.insert(0, "replica", member.index)
+            if "step" in part:
+                part["step"] = range(len(part))  # its engines' steps, one after the other
+            whole.append(part)
+    steps, moves = (pd.concat(whole, ignore_index=True) for whole in parts)
+    return steps.sort_values(["start_s", "replica"], kind="stable", ignore_index=True), moves
 
 
 def replica_table(fleet: Fleet, requests: pd.DataFrame) -> pd.DataFrame:

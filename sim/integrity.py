@@ -65,8 +65,12 @@ class Progress:
         """One step. Raises `LivelockError` after `patience` preemptions without a token."""
         self._preemptions = 0 if sampled else self._preemptions + preempted
         if self._preemptions > self.patience:
-            raise LivelockError(
-                f"{self._preemptions} preemptions and not one token: requests preempt each other for ever, as in vLLM"
-                " itself; give them different arrival times or priorities, leave engine.scheduler_reserve_full_isl"
-                " on, or lower engine.max_num_seqs"
-            )
+            raise livelock(self._preemptions)
+
+
+def livelock(preemptions: int) -> LivelockError:
+    """The error of an engine that preempted so often without a token."""
+    return LivelockError(
+        f"{preemptions} preemptions and not one token: requests preempt each other for ever, as in vLLM itself; give them"
+        " different arrival times or priorities, leave engine.scheduler_reserve_full_isl on, or lower engine.max_num_seqs"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from sim.tables import RunTables
 
@@ -42,15 +41,15 @@ def jain(values: FloatArray) -> float | None:
 
 def summarise(tables: RunTables) -> dict[str, float | int | None]:
     """The run in one flat dictionary; `vllm bench serve`'s keys where it has one."""
-    r, s, a = tables.requests, tables.steps, tables.adapters
+    r, a = tables.requests, tables.adapters
+    totals = [engine for engine in tables.totals if engine.steps]
+    steps = sum(engine.steps for engine in totals)
+    busy_s = sum(engine.busy_s for engine in totals)
     finished = r[r["status"] == "finished"]
     duration = max(tables.horizon_s, 1e-9)
     output = int(finished["tokens_emitted"].sum())
     inputs = int(finished["prompt_tokens"].sum())
     uses = int(a["step_uses"].sum())
-    engines = max(1, s["replica"].nunique()) if "replica" in s else 1
-    blocks = (s["used_blocks"] + s["free_blocks"]).clip(lower=1)
-    usage = s["used_blocks"] / blocks
     scheduled = r[r["first_scheduled_s"].notna()]
     prompts = int(scheduled["prompt_tokens"].sum())
     waits = r["first_scheduled_s"].fillna(tables.horizon_s) - r["arrival_s"]
@@ -75,17 +74,11 @@ def summarise(tables: RunTables) -> dict[str, float | int | None]:
         "adapter_evictions": int(a["evictions"].sum()),
         "preemptions": int(r["preemptions"].sum()),
         "prefix_cache_hit_rate": float(scheduled["cached_tokens"].sum() / prompts) if prompts else None,
-        "mean_kv_usage": time_weighted(usage, s),
-        "max_kv_usage": float(usage.max()) if len(s) else None,
+        "mean_kv_usage": sum(engine.usage_s for engine in totals) / busy_s if busy_s > 0 else None,
+        "max_kv_usage": max((engine.max_usage for engine in totals), default=None),
         "longest_wait_s": float(waits.max()) if len(r) else None,
         "jain_wait": jain(1.0 / (1e-3 + mean_wait)) if len(r) else None,
-        "steps": len(s),
-        "load_share": float(s["load_s"].sum()) / duration / engines,
-        "extrapolated_share": float(s["extrapolated"].mean()) if len(s) else None,
+        "steps": steps,
+        "load_share": sum(engine.load_s for engine in totals) / duration / max(1, len(totals)),
+        "extrapolated_share": sum(engine.extrapolated for engine in totals) / steps if steps else None,
     }
-
-
-def time_weighted(values: pd.Series[float], steps: pd.DataFrame) -> float | None:
-    """Mean of a per-step value weighted by the steps' lengths."""
-    lengths = steps["end_s"] - steps["start_s"]
-    return float((values * lengths).sum() / lengths.sum()) if len(steps) and lengths.sum() > 0 else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
+import pandas as pd
 import simpy
 
 from backend.base import NO_SLOT, AdapterShape, Backend, StepBatch, StepTiming
@@ -18,7 +19,7 @@ from sim.kv_cache import BlockPool
 from sim.loading import LoadLane
 from sim.scheduler import Scheduler, StepPlan
 from sim.state import RequestState
-from sim.tables import AdapterUse, MoveRow, StepRow
+from sim.tables import AdapterUse, MoveRow, StepRow, StepTotals, row_table
 from workloads.adapters import Catalogue
 from workloads.requests import BASE
 
@@ -40,6 +41,16 @@ class Flight:
     free_blocks: int
 
 
+class Landing(simpy.Event):
+    """The end of a step. What else happens at that instant comes after it, and before the next plan."""
+
+    def __init__(self, env: simpy.Environment, delay: float) -> None:
+        super().__init__(env)
+        self._ok = True
+        self._value = None
+        env.schedule(self, simpy.events.URGENT, delay)
+
+
 class Replica:
     """One engine: while it has requests it plans a step, moves adapters, executes, and applies the outcome."""
 
@@ -53,6 +64,7 @@ class Replica:
         pinned: Sequence[int] = (),
         registered: Sequence[int] = (),
         check: bool = False,
+        keep_rows: bool = True,
     ) -> None:
         self.env = env
         self.catalogue = catalogue
@@ -67,6 +79,8 @@ class Replica:
         self.moves: list[MoveRow] = []
         self.live = bool(getattr(backend, "needs_block_tables", False))
         self.rows: list[StepRow] = []
+        self.totals = StepTotals()
+        self.keep_rows = keep_rows
         self.uses: dict[int, AdapterUse] = {}
         self._progress = Progress(1000 + 10 * config.max_num_seqs)
         self._arrival = env.event()
@@ -100,6 +114,59 @@ class Replica:
         if not self._arrival.triggered:
             self._arrival.succeed()
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that wait or run."""
+        return len(self.scheduler.running) + self.waiting
+
+    @property
+    def kv_usage(self) -> float:
+        """Used share of the KV blocks."""
+        return self.pool.used / max(1, self.pool.used + self.pool.free)
+
+    @property
+    def resident(self) -> Collection[int]:
+        """The adapters in slots."""
+        return self.manager.slots
+
+    @property
+    def running_adapters(self) -> Collection[int]:
+        """Adapters of the running requests."""
+        return {state.adapter for state in self.scheduler.running} - {BASE}
+
+    @property
+    def waiting_adapters(self) -> Collection[int]:
+        """Adapters of the waiting requests."""
+        return {state.adapter for state in self.scheduler.waiting} - {BASE}
+
+    def unfinished(self) -> list[RequestState]:
+        """All that wait or run, by their rows."""
+        return sorted(self.scheduler.unfinished(), key=lambda state: state.row)
+
+    @property
+    def now_s(self) -> float:
+        """The simulation's clock, which is this engine's."""
+        return float(self.env.now)
+
+    def finish(self, until_s: float) -> None:
+        """Nothing: the simulation has played all that there was."""
+
+    def kill(self) -> None:
+        """Nothing: its process has been interrupted."""
+
+    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Step rows and moves."""
+        return row_table(self.rows, StepRow), row_table(self.moves, MoveRow)
+
+    def running_rows(self) -> set[int]:
+        """Rows of the running requests."""
+        return {state.row for state in self.scheduler.running}
+
     def run(self) -> Process:
         """The engine loop: never idle while a request can be scheduled (I10)."""
         while True:
@@ -117,8 +184,9 @@ class Replica:
         else:
             landing = launched
         if landing is not None:
-            yield self.env.timeout(max(0.0, landing.end_s - self.env.now))
+            yield Landing(self.env, max(0.0, landing.end_s - self.env.now))
             self._land(landing)
+            yield self.env.timeout(0.0)
         elif launched is None and not plan.preempted:
             if not self.lane.loading:
                 raise IntegrityError("I10: the engine has requests and plans nothing")
@@ -186,7 +254,8 @@ class Replica:
                 use.evictions += 1
             case "drop":
                 self.backend.drop(move.adapter)
-        self.moves.append(MoveRow(at_s, at_s + seconds, move.kind, move.adapter, move.slot))
+        if self.keep_rows:
+            self.moves.append(MoveRow(at_s, at_s + seconds, move.kind, move.adapter, move.slot))
         return seconds
 
     def shape(self, adapter_id: int) -> AdapterShape:
@@ -215,14 +284,17 @@ class Replica:
                 item.state.first_token_s = now
         for state in finished:
             state.finish_s = now
-        self.rows.append(self._row(flight, len(finished)))
+        row = self._row(flight, len(finished))
+        self.totals.add(row)
+        if self.keep_rows:
+            self.rows.append(row)
 
     def _row(self, flight: Flight, finished: int) -> StepRow:
         plan, timing = flight.plan, flight.timing
         prefills = [item.tokens for item in plan.scheduled if item.computed < item.state.request.prompt_tokens]
         kinds = [move.kind for move in flight.moves]
         return StepRow(
-            len(self.rows), flight.start_s, flight.end_s, timing.device_s, timing.host_s, flight.load_s, plan.tokens,
+            self.totals.steps, flight.start_s, flight.end_s, timing.device_s, timing.host_s, flight.load_s, plan.tokens,
             sum(prefills), len(prefills), len(plan.scheduled) - len(prefills), len(self.scheduler.running),
             len(self.scheduler.waiting), flight.adapters, len(plan.admitted), len(plan.preempted), len(plan.skipped),
             finished, sum(item.found for item in plan.admitted), kinds.count("stage"), kinds.count("load"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sim import run_dir
 from sim.errors import ScenarioError
 from sim.plan_report import is_plan, plan_page
 from sim.plots import run_figure, tenant_figure
@@ -41,16 +42,12 @@ def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, obje
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         scenario = tomllib.loads((folder / "scenario.toml").read_text(encoding="utf-8"))
-        frames = {
-            name: pd.read_parquet(folder / f"{name}.parquet") for name in ("requests", "steps", "adapters", "moves")
-        }
-        file = folder / "replicas.parquet"
-        replicas = pd.read_parquet(file) if file.is_file() else None
-        return RunTables(horizon_s=float(summary["duration_s"]), **frames, replicas=replicas), summary, scenario
+        tables = run_dir.read_tables(folder, float(summary["duration_s"]))
     except (OSError, ValueError, KeyError) as error:
         raise ScenarioError(
             f"{folder}: not a run directory of this version ({error}); run the scenario again"
         ) from error
+    return tables, summary, scenario
 
 
 def report(folder: Path) -> list[Path]:

@@ -53,6 +53,20 @@ def write(out: Path, scenario: Scenario, tables: RunTables, summary: Mapping[str
     publish(out, fill)
 
 
+def read_tables(folder: Path, horizon_s: float) -> RunTables:
+    """The tables of a run directory. Raises OSError or ValueError if it has none."""
+    import pandas as pd
+
+    from sim.tables import RunTables
+
+    requests, steps, adapters, moves = (
+        pd.read_parquet(folder / f"{name}.parquet") for name in ("requests", "steps", "adapters", "moves")
+    )
+    file = folder / "replicas.parquet"
+    replicas = pd.read_parquet(file) if file.is_file() else None
+    return RunTables(requests, steps, adapters, horizon_s, moves, replicas)
+
+
 def publish(out: Path, fill: Callable[[Path], None]) -> None:
     """Have `fill` write files beside `out`, and move them there in one step. Raises `ScenarioError` if that fails."""
     partial = out.with_name(f".{out.name}.partial")

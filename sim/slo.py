@@ -96,7 +96,7 @@ def _times(ticket: Ticket) -> tuple[float, float, float]:
     state = ticket.state
     if state.first_token_s is None or state.finish_s is None:
         return math.inf, math.inf, math.inf
-    arrival, several = state.request.arrival_s, state.emitted > 1
+    arrival, several = state.arrival_s, state.emitted > 1
     tpot = (state.finish_s - state.first_token_s) / (state.emitted - 1) if several else math.nan
     return state.first_token_s - arrival, tpot, state.finish_s - arrival
 
@@ -167,5 +167,5 @@ def _exceeds(limit: Limit, ticket: Ticket, now: float) -> bool:
     if limit.metric == "tpot":
         return state.finish_s is not None and _times(ticket)[1] > limit.limit_s
     if limit.metric == "e2el":
-        return (now if state.finish_s is None else state.finish_s) - state.request.arrival_s > limit.limit_s
-    return (now if state.first_token_s is None else state.first_token_s) - state.request.arrival_s > limit.limit_s
+        return (now if state.finish_s is None else state.finish_s) - state.arrival_s > limit.limit_s
+    return (now if state.first_token_s is None else state.first_token_s) - state.arrival_s > limit.limit_s

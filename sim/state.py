@@ -34,10 +34,23 @@ class RequestState:
     first_token_s: float | None = None
     finish_s: float | None = None
 
+    def again(self) -> RequestState:
+        """A new attempt from the beginning, after a failure; its preemptions and skips count on."""
+        return RequestState(self.request, self.limit, preemptions=self.preemptions, skips=self.skips)
+
     @property
     def tokens(self) -> int:
         """Prompt and known outputs so far (vLLM's `Request.num_tokens`)."""
         return self.request.prompt_tokens + self.emitted
+
+    @property
+    def row(self) -> int:
+        """Its row in the table of requests."""
+        return self.request.request_id
+
+    @property
+    def arrival_s(self) -> float:
+        return self.request.arrival_s
 
     @property
     def adapter(self) -> int:

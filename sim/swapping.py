@@ -43,6 +43,10 @@ class SwappedModels(ReplayBackend):
         self._swap = swap
         self._resident: OrderedDict[int, None] = OrderedDict()
 
+    @property
+    def step_costs(self) -> None:  # type: ignore[override]
+        """Nothing that a compiled replay could know: what a load costs depends on what is in memory."""
+
     def stage(self, adapter: AdapterShape) -> LoadTiming:
         """From disk: it is in host memory already."""
         return LoadTiming(0.0, 0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from sim.state import RequestState
@@ -53,6 +56,36 @@ class MoveRow:
 
 
 @dataclass(slots=True)
+class StepTotals:
+    """What all steps of an engine come to, added up in their order.
+
+    `usage_s`: used share of the KV blocks times the step's length; `running`: requests that run after a step.
+    """
+
+    steps: int = 0
+    extrapolated: int = 0
+    stages: int = 0
+    running: int = 0
+    busy_s: float = 0.0
+    load_s: float = 0.0
+    usage_s: float = 0.0
+    max_usage: float = 0.0
+
+    def add(self, row: StepRow) -> None:
+        """One more step."""
+        usage = row.used_blocks / max(1, row.used_blocks + row.free_blocks)
+        length_s = row.end_s - row.start_s
+        self.steps += 1
+        self.extrapolated += row.extrapolated
+        self.stages += row.stages
+        self.running += row.running
+        self.busy_s += length_s
+        self.load_s += row.load_s
+        self.usage_s += usage * length_s
+        self.max_usage = max(self.max_usage, usage)
+
+
+@dataclass(slots=True)
 class AdapterUse:
     """What one adapter lived through: steps that used it, those that found it in its slot, and its moves."""
 
@@ -67,6 +100,7 @@ class AdapterUse:
 class RunTables:
     """A run's result: one row per request, step, adapter and adapter move, and the clock at the end.
 
+    `totals`: of the steps, an entry an engine; `steps` and `moves` are empty where a run was told to keep no step rows.
     `replicas`: one row per replica of a fleet (`sim.fleet_tables`); None for a single engine.
     """
 
@@ -76,32 +110,74 @@ class RunTables:
     horizon_s: float
     moves: pd.DataFrame = field(default_factory=lambda: row_table([], MoveRow))
     replicas: pd.DataFrame | None = None
+    totals: tuple[StepTotals, ...] = ()
+
+
+STATUSES = ("finished", "running", "waiting")
+
+ASKED = ("arrival_s", "adapter", "prompt_tokens", "output_tokens")
+"""Columns of a request that are those of `workloads.requests.RequestTable`."""
+
+_TIMES = ("first_scheduled_s", "first_token_s", "finish_s")
+_COUNTS = ("tokens_emitted", "cached_tokens", "preemptions", "skips")
+
+
+NOT_SENT: Mapping[str, int | float] = {
+    "status": STATUSES.index("waiting"), **dict.fromkeys(_TIMES, math.nan), **dict.fromkeys(_COUNTS, 0)
+}  # fmt: skip
+"""What has become of a request that no engine has got."""
 
 
 def request_table(states: Iterable[RequestState], running: set[int]) -> pd.DataFrame:
-    """One row per request, in arrival order."""
-    rows = []
-    for s in states:
-        r = s.request
-        status = "finished" if s.finish_s is not None else "running" if r.request_id in running else "waiting"
-        rows.append(
-            (
-                r.request_id, r.arrival_s, r.adapter, r.prompt_tokens, r.output_tokens, status,
-                s.first_scheduled_s, s.first_token_s, s.finish_s, s.emitted, s.cached_tokens, s.preemptions, s.skips,
-            )
-        )  # fmt: skip
-    names = (
-        "request_id arrival_s adapter prompt_tokens output_tokens status first_scheduled_s first_token_s finish_s"
-        " tokens_emitted cached_tokens preemptions skips"
-    ).split()
-    table = pd.DataFrame(rows, columns=names)
-    return table.astype(dict.fromkeys(("first_scheduled_s", "first_token_s", "finish_s"), "float64"))
+    """One row per request, in arrival order; `running`: the ids of those that run."""
+    kept = list(states)
+    columns: dict[str, Sequence[object]] = {
+        "status": [0 if s.finish_s is not None else 1 if s.request.request_id in running else 2 for s in kept],
+        **{name: [getattr(s, name) for s in kept] for name in _TIMES},
+        "tokens_emitted": [s.emitted for s in kept],
+        **{name: [getattr(s, name) for s in kept] for name in _COUNTS[1:]},
+    }
+    asked = ("request_id", *ASKED)
+    return request_frame({name: [getattr(s.request, name) for s in kept] for name in asked}, columns)
+
+
+def request_frame(
+    asked: Mapping[str, Sequence[object] | npt.NDArray[np.generic]],
+    became: Mapping[str, Sequence[object] | npt.NDArray[np.generic]],
+) -> pd.DataFrame:
+    """The table of requests from columns of what was asked and of what became of it; `status` indexes `STATUSES`."""
+    status = pd.Series(np.array(STATUSES, dtype=object)[np.asarray(became["status"], dtype=np.int64)], dtype="str")
+    table = {
+        "request_id": np.asarray(asked["request_id"], dtype=np.int64),
+        "arrival_s": np.asarray(asked["arrival_s"], dtype=np.float64),
+        **{k: np.asarray(asked[k], dtype=np.int64) for k in ("adapter", "prompt_tokens", "output_tokens")},
+        "status": status,
+        **{k: np.asarray(became[k], dtype=np.float64) for k in _TIMES},
+        **{k: np.asarray(became[k], dtype=np.int64) for k in _COUNTS},
+    }
+    return pd.DataFrame(table)
+
+
+_DTYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_}
 
 
 def row_table(rows: Sequence[object], kind: type[StepRow | MoveRow]) -> pd.DataFrame:
     """One row per record, a column per field."""
-    names = [f.name for f in fields(kind)]
-    return pd.DataFrame({name: [getattr(row, name) for row in rows] for name in names})
+    return row_frame({f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}, kind)
+
+
+def row_frame(
+    columns: Mapping[str, Sequence[object] | npt.NDArray[np.generic]], kind: type[StepRow | MoveRow]
+) -> pd.DataFrame:
+    """The table of records of `kind` from their columns."""
+    return pd.DataFrame(
+        {
+            f.name: pd.Series(np.asarray(columns[f.name], dtype=object), dtype="str")
+            if f.type == "str"
+            else np.asarray(columns[f.name], dtype=_DTYPES[str(f.type)])
+            for f in fields(kind)
+        }
+    )
 
 
 def adapter_table(catalogue: Catalogue, uses: dict[int, AdapterUse], requests: pd.DataFrame) -> pd.DataFrame:

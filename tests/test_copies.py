@@ -58,7 +58,7 @@ def quiet(tenants: int, seed: int = 0, gap_s: float = 3.0, each: int = 2) -> Tra
 
 def copies(resident: int, replicas: int = 1, **engine) -> Deployment:
     fleet = FleetConfig(replicas, router="adapter_affinity")
-    return Deployment("llama-3.1-8b", H100, replace(ENGINE, **engine), fleet, Swap(resident, 50e9))
+    return Deployment("llama-3.1-8b", H100, replace(ENGINE, **engine), fleet, lora=False, swap=Swap(resident, 50e9))
 
 
 def question(slo: str = "ttft_p99<=1s", most: int = 16) -> Question:

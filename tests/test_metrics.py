@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from worlds import totals_of
 
-from sim.metrics import jain, latencies, summarise, time_weighted
+from sim.metrics import jain, latencies, summarise
 from sim.tables import RunTables
 
 NAN = float("nan")
@@ -42,12 +44,14 @@ def tables() -> RunTables:
             "used_blocks": [10, 30],
             "free_blocks": [30, 10],
             "extrapolated": [True, False],
+            "stages": [1, 0],
+            "running": [2, 1],
         }
     )
     adapters = pd.DataFrame(
         {"step_uses": [6, 2], "hits": [5, 1], "stages": [1, 2], "activations": [1, 3], "evictions": [0, 2]}
     )
-    return RunTables(requests, steps, adapters, HORIZON_S)
+    return RunTables(requests, steps, adapters, HORIZON_S, totals=totals_of(steps))
 
 
 def test_prefix_cache_hit_rate_counts_what_was_scheduled() -> None:
@@ -118,5 +122,6 @@ def test_a_run_in_which_nothing_happened_has_no_latency_and_is_json() -> None:
 
 
 def test_steps_without_length_have_no_time_weighted_mean() -> None:
-    steps = pd.DataFrame({"start_s": [1.0], "end_s": [1.0]})
-    assert time_weighted(pd.Series([0.5]), steps) is None
+    full = tables()
+    at_once = replace(full, totals=totals_of(full.steps.iloc[:1].assign(end_s=0.0)))
+    assert summarise(at_once)["mean_kv_usage"] is None

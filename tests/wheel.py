@@ -29,6 +29,12 @@ def main() -> None:
         (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         check = f"import sim, backend, workloads; assert all({str(place)!r} in m.__file__ for m in (sim, backend, workloads))"
         run(str(python), "-c", check, cwd=place)
+        run(
+            str(python),
+            "-c",
+            "from sim import compiled; assert compiled._native, 'the replay was not compiled'",
+            cwd=place,
+        )
         run(str(python), "-c", "from backend.sgmv import nvrtc; assert b'shrink' in nvrtc.source()", cwd=place)
         run(str(place / "venv" / "bin" / "multilora"), "run", "demo-servegen", "--duration-s", "60", cwd=place)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from backend.base import AdapterShape, Capacity, LoadTiming, StepBatch, StepTiming
+from sim.tables import StepTotals
 from workloads.requests import RequestTable
 
 
@@ -74,3 +76,11 @@ def random_requests(seed: int, count: int, adapters: int, longest: int) -> Reque
         rng.integers(-1, 3, count),
         rng.integers(0, prompt + 1),
     )
+
+
+def totals_of(steps: pd.DataFrame) -> tuple[StepTotals, ...]:
+    """What an engine adds up while it runs, from a table of its steps."""
+    totals = StepTotals()
+    for row in steps.itertuples():
+        totals.add(row)
+    return (totals,)

@@ -1,0 +1,174 @@
+// What a step costs: backend/features.py, StepFeatures, and backend/predictor.py, Predictor.
+// Sums are taken in the order in which Python takes them, so that both give the same bits.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <map>
+#include <memory>
+
+#include "records.hpp"
+
+namespace replay {
+
+// Constants of backend/features.py and backend/base.py, handed over by Python.
+struct FeatureSizes { Int tile_rows, prefill_tile, decodes_at_once, split_decodes, tiles_at_once; };
+
+struct Features {
+    Int rows = 0, requests = 0, decodes = 0, kv_tokens = 0, max_kv = 0, kv_tail = 0, prefill_keys = 0, prefill_tail = 0,
+        lora_tiles = 0, active_adapters = 0, rank_sum = 0, max_rank = 0, row_rank = 0, idle_slots = 0;
+    bool decode_only = false, after_prompts = false;
+};
+
+// Collects a step's requests into features.
+class FeatureSum {
+  public:
+    explicit FeatureSum(FeatureSizes sizes) : sizes_(sizes) {}
+
+    void begin() {
+        f = {};
+        keys_.clear();
+        tiles_.clear();
+    }
+    void add(Int query, Int context) {
+        f.rows += query;
+        ++f.requests;
+        if (query == 1) {
+            keys_.push_back(context + 1);
+            f.kv_tokens += context + 1;
+            return;
+        }
+        const Int tile = sizes_.prefill_tile, count = (query + tile - 1) / tile, whole = (query - 1) / tile;
+        f.prefill_keys += count * context + tile * (count * (count - 1) / 2) + query;
+        tiles_.push_back(context + query);
+        for (Int t = whole; t > std::max<Int>(0, whole - sizes_.tiles_at_once + 1); --t) tiles_.push_back(context + tile * t);
+    }
+    void adapter(Int rows, Int rank) {
+        f.lora_tiles += (rows + sizes_.tile_rows - 1) / sizes_.tile_rows;
+        ++f.active_adapters;
+        f.rank_sum += rank;
+        f.max_rank = std::max(f.max_rank, rank);
+        f.row_rank += rows * rank;
+    }
+    void end(Int max_loras, bool after_prompts) {
+        f.decodes = static_cast<Int>(keys_.size());
+        f.kv_tail = tail(keys_, at_once(f.decodes), false);
+        f.max_kv = keys_.empty() ? 0 : *std::max_element(keys_.begin(), keys_.end());
+        f.prefill_tail = tail(tiles_, sizes_.tiles_at_once, true);
+        f.decode_only = f.decodes == f.requests;
+        f.after_prompts = after_prompts;
+        f.idle_slots = f.active_adapters ? std::max<Int>(0, max_loras - f.active_adapters) : 0;
+    }
+
+    Features f;
+
+  private:
+    Int at_once(Int decodes) const {
+        if (decodes > sizes_.split_decodes) return sizes_.decodes_at_once;
+        if (decodes == 0) return 0;
+        Int padded = 1;
+        while (padded < decodes) padded *= 2;
+        return std::max<Int>(1, padded / 2);
+    }
+    static Int tail(std::vector<Int>& lengths, Int width, bool idle) {
+        if (lengths.empty()) return 0;
+        const auto n = static_cast<std::ptrdiff_t>(std::min<Int>(width, static_cast<Int>(lengths.size())));
+        if (n < static_cast<std::ptrdiff_t>(lengths.size()))
+            std::nth_element(lengths.begin(), lengths.begin() + (n - 1), lengths.end(), std::greater<>());
+        Int longest = 0, sum = 0;
+        for (std::ptrdiff_t i = 0; i < n; ++i) {
+            longest = std::max(longest, lengths[i]);
+            sum += lengths[i];
+        }
+        return (idle ? width : static_cast<Int>(n)) * longest - sum;
+    }
+
+    FeatureSizes sizes_;
+    std::vector<Int> keys_, tiles_;
+};
+
+constexpr int BOUNDED = 7;  // backend/predictor.py, BOUNDED
+
+struct Regime {
+    std::vector<double> knots, lora_knots, device, host, launch;
+    std::array<double, BOUNDED> low, high;
+    Int lora_rows = 1;
+};
+
+struct Timing { double device_s, host_s; bool extrapolated; };
+
+class StepCosts {
+  public:
+    std::vector<Int> graph_sizes;
+    std::map<std::string, Regime> regimes;
+    FeatureSizes sizes{};
+    double factor = 1.0;  // of all steps, for a what-if
+
+    Timing predict(const Features& f) const {
+        Int size = f.rows;
+        const Regime& r = regime(f, size);
+        double device = device_s(r, f, size);
+        const double host = host_s(r.host, f);
+        if (!r.launch.empty()) device = std::max(device, host_s(r.launch, f));
+        return {device * factor, host * factor, !contains(r, f)};
+    }
+
+  private:
+    const Regime& regime(const Features& f, Int& size) const {
+        const char* name = "eager";
+        if (!graph_sizes.empty() && f.rows <= graph_sizes.back()) {
+            name = f.decode_only ? "decode" : "mixed";
+            size = *std::lower_bound(graph_sizes.begin(), graph_sizes.end(), f.rows);
+        }
+        const auto at = regimes.find(name);
+        return at == regimes.end() ? regimes.at("eager") : at->second;
+    }
+
+    static void hat(double& total, Int value, const std::vector<double>& knots, const double* c) {
+        const auto v = static_cast<double>(value);
+        if (knots.size() == 1 || v <= knots[0]) {
+            total += c[0] * 1.0;
+            return;
+        }
+        const auto at = std::lower_bound(knots.begin(), knots.end(), v) - knots.begin();
+        const auto right = std::min<std::ptrdiff_t>(at, static_cast<std::ptrdiff_t>(knots.size()) - 1), left = right - 1;
+        const double share = (v - knots[left]) / (knots[right] - knots[left]);
+        total += c[left] * (1.0 - share);
+        total += c[right] * share;
+    }
+
+    double device_s(const Regime& r, const Features& f, Int size) const {
+        double total = 0.0;
+        const double* c = r.device.data();
+        hat(total, size, r.knots, c);
+        c += r.knots.size();
+        if (f.active_adapters) hat(total, (size + r.lora_rows - 1) / r.lora_rows * r.lora_rows, r.lora_knots, c);
+        c += r.lora_knots.size();
+        const Int idle = f.decodes > sizes.split_decodes ? std::max<Int>(0, sizes.decodes_at_once - f.decodes) * f.max_kv : 0;
+        for (Int term : {f.kv_tokens, f.kv_tail + idle, f.prefill_keys, f.prefill_tail, f.requests, f.active_adapters,
+                         f.rank_sum, f.max_rank, f.lora_tiles, f.row_rank, f.idle_slots})
+            total += *c++ * static_cast<double>(term);
+        return total;
+    }
+
+    static double host_s(const std::vector<double>& c, const Features& f) {
+        double total = 0.0;
+        total += c[0] * 1.0;
+        total += c[1] * (f.active_adapters ? 1.0 : 0.0);
+        total += c[2] * (f.after_prompts ? 1.0 : 0.0);
+        total += c[3] * static_cast<double>(f.requests);
+        total += c[4] * static_cast<double>(f.active_adapters);
+        total += c[5] * static_cast<double>(f.rows);
+        return total;
+    }
+
+    static bool contains(const Regime& r, const Features& f) {
+        const Int values[BOUNDED] = {f.rows, f.kv_tokens, f.max_kv, f.prefill_keys, f.active_adapters, f.rank_sum, f.row_rank};
+        for (int i = 0; i < BOUNDED; ++i)
+            if (!(r.low[i] <= static_cast<double>(values[i]) && static_cast<double>(values[i]) <= r.high[i])) return false;
+        return true;
+    }
+};
+
+}  // namespace replay
