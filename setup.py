@@ -7,7 +7,8 @@ from setuptools import setup
 flags = ["-O3", "-ffp-contract=off"]
 sources = ["sim/native/module.cpp"]
 headers = [
-    f"sim/native/{name}.hpp" for name in ("records", "kv_pool", "adapter_slots", "scheduler", "step_costs", "engine")
+    f"sim/native/{name}.hpp"
+    for name in ("records", "kv_pool", "adapter_slots", "waiting_line", "scheduler", "step_costs", "engine")
 ]
 native = Pybind11Extension("sim._native", sources, depends=headers, cxx_std=17, extra_compile_args=flags, optional=True)
 setup(ext_modules=[native])

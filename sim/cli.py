@@ -26,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     run.add_argument("--profile", help="a shipped profile or a profile folder, instead of the scenario's")
     run.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
+    run.add_argument(
+        "--no-step-rows", action="store_true", help="keep no row a step and adapter move, only what they come to"
+    )
     run.add_argument("--out", type=Path, help="the run directory to make (default: a new one under runs/)")
     measure = verbs.add_parser("measure", help="measure step and load costs on a device and write a profile")
     measure.add_argument("--geometry", help="a shipped geometry or a Hugging Face config.json")
@@ -73,7 +76,12 @@ def _run(args: argparse.Namespace) -> None:
     from sim.run import run_scenario
 
     result = run_scenario(
-        args.scenario, backend=args.backend, profile=args.profile, out=args.out, duration_s=args.duration_s
+        args.scenario,
+        backend=args.backend,
+        profile=args.profile,
+        out=args.out,
+        duration_s=args.duration_s,
+        step_rows=False if args.no_step_rows else None,
     )
     for note in result.notes:
         print(f"note: {note}")
@@ -166,9 +174,11 @@ def _sweep(args: argparse.Namespace) -> None:
     print(results[shown].to_string(index=False, float_format=lambda v: f"{v:.3g}" if v < 10 else f"{v:.0f}"))
     for message in results["error"].dropna().unique():
         print(f"refused: {message}")
+    caption = sweep_caption(results, Path(args.scenario).stem, list(sets))
+    print(caption)
     for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
         print(sentence)
-    sweep_figures(results, list(sets), sweep_caption(results, Path(args.scenario).stem), args.out)
+    sweep_figures(results, list(sets), caption, args.out)
     print(args.out)
 
 

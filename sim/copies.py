@@ -1,7 +1,7 @@
 """What N fine-tunes cost as deltas of one base, and as N whole copies of the model, on the same requests.
 
 Three arms, each as few GPUs as keep the promise: `deltas`, one deployment with LoRA; `dedicated`, each fine-tune merged and
-on GPUs of its own; `time_shared`, merged models that take turns on GPUs which copy whole models in (`sim/swapping.py`).
+on GPUs of its own; `time_shared`, merged models that share GPUs, which copy whole models in (`sim/swapping.py`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ROUTES = (("least_outstanding", "everywhere"), ("adapter_affinity", "everywhere"
 """Routes of the deltas: enough for the fewest replicas; `multilora plan` looks at all."""
 
 SHARED_ROUTES = (("adapter_affinity", "everywhere"), ("least_outstanding", "packed"))
-"""Routes of models that take turns: to a GPU where the model runs just now, or always to the model's own."""
+"""Routes of models that share GPUs: to one where the model lies just now, or always to the model's own."""
 
 AGEING_S = (0.1, 1.0)
-"""How long a request waits before the running model lets nobody in any more, so that another gets its turn."""
+"""How long a request waits for its model before those that lie in memory let nobody in any more, so that one of them can go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def dedicated(question: Question, traffic: Sequence[Traffic]) -> Arm | None:
 
 
 def time_shared(question: Question, traffic: Sequence[Traffic], alone: Arm | None) -> Arm | None:
-    """Models that take turns on GPUs: on fewer than each needs `alone`, else that is what turns come to."""
+    """Models that share GPUs: fewer than each needs `alone`, else that is what sharing comes to."""
     most = question.most if alone is None else min(question.most, alone.gpus - 1)
     found = cheapest(list(_turns(question)), traffic, question.promise, most) if most else None
     if found is None or (alone is not None and found.cost >= alone.cost):
@@ -146,9 +146,9 @@ def time_shared(question: Question, traffic: Sequence[Traffic], alone: Arm | Non
 
 
 def _copies(question: Question, profile: str, swap: Swap | None = None, **engine: object) -> Deployment:
-    """Engines without LoRA that serve one merged model, or with `swap` one at a time."""
+    """Engines without LoRA that serve one merged model, or with `swap` as many at a time as lie in memory."""
     alone: EngineConfig = replace(
-        question.scenario.engine, max_loras=1, max_cpu_loras=100_000, max_lora_rank=8, lora_loading="blocking",
+        question.scenario.engine, max_loras=1 if swap is None else swap.resident, max_cpu_loras=100_000, max_lora_rank=8, lora_loading="blocking",
         **engine,  # type: ignore[arg-type]
     )  # fmt: skip
     return Deployment(question.scenario.geometry, profile, alone, FleetConfig(), lora=False, swap=swap)

@@ -144,7 +144,8 @@ def _even(table: Table, factor: float, arm: str, even: int | None) -> str:
 
 
 def _write(folder: Path, table: Table, evens: Evens, lines: Sequence[str], *, priced: bool) -> None:
-    from sim.copies_plots import copies_figure
+    from sim.copies_plots import copies_panels
+    from sim.panels import sheet
 
     (folder / "copies.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     cells = [asdict(c) for key in sorted(table.cells) for c in [table.cells[key]]]
@@ -156,5 +157,5 @@ def _write(folder: Path, table: Table, evens: Evens, lines: Sequence[str], *, pr
         "break_even": [{"factor": f, **found} for f, found in evens.items()],
     }
     (folder / "copies.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    for suffix in ("png", "svg"):
-        copies_figure(data, folder / f"copies.{suffix}")
+    caption = f"least cost that keeps {data['promise']}"
+    sheet(copies_panels(data), caption, [folder / f"copies.{kind}" for kind in ("png", "svg")])

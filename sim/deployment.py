@@ -28,7 +28,7 @@ from sim.traffic import Traffic
 class Deployment:
     """`replicas` engines of one kind behind a router.
 
-    Without `lora` they have no slots, and no request may name an adapter; with `swap` they serve whole merged models in turns.
+    Without `lora` they have no slots, and no request may name an adapter; with `swap` adapters are whole merged models.
     """
 
     geometry: str

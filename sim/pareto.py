@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sim.plots import BLUE, GREEN, ORANGE, save
+from sim.panels import BLUE, GREEN, ORANGE, Panel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 60, 12
 """Characters of the picture in a terminal."""
@@ -67,34 +70,25 @@ def picture(points: Sequence[Point], unit: str) -> Iterator[str]:
     yield f"{'':10}  0{f'{dearest:.2f} {unit}':>{WIDTH - 1}}"
 
 
-def pareto_figure(points: Sequence[Point], unit: str, caption: str, file: Path) -> None:
-    """The same as a figure, with the front as a staircase; PNG or SVG by the file's name."""
-    import matplotlib as mpl
+def pareto_panel(points: Sequence[Point], unit: str) -> Panel:
+    """The same as a panel of a figure, with the front as a staircase."""
+    return Panel("Cost against P99 TTFT", partial(_draw, points, unit))
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
+def _draw(points: Sequence[Point], unit: str, axis: Axes) -> None:
     best = front(points)
-    axis.step(
-        [p.cost for p in best],
-        [1e3 * p.p99_ttft_s for p in best],
-        where="post",
-        color=GREEN,
-        label="none is cheaper and faster",
-    )
+    steps = [p.cost for p in best], [1e3 * p.p99_ttft_s for p in best]
+    axis.step(*steps, where="post", color=GREEN, label="none is cheaper and faster")
     for kept, colour, marker, label in ((True, BLUE, "o", "keeps the promise"), (False, ORANGE, "X", "breaks it")):
         some = [p for p in points[1:] if p.kept == kept]
         axis.scatter([p.cost for p in some], [1e3 * p.p99_ttft_s for p in some], c=colour, marker=marker, label=label)
-    axis.scatter(
-        [points[0].cost], [1e3 * points[0].p99_ttft_s], c="black", marker="*", s=160, label="the plan", zorder=3
-    )
+    own = points[0]
+    axis.scatter([own.cost], [1e3 * own.p99_ttft_s], c="black", marker="*", s=160, label="the plan", zorder=3)
     for point in best:
-        axis.annotate(
-            point.label, (point.cost, 1e3 * point.p99_ttft_s), xytext=(5, 5), textcoords="offset points", fontsize=7
-        )
-    axis.set(xlabel=unit, ylabel="P99 TTFT (ms)", yscale="log", xlim=(0, None), title="Cost against P99 TTFT")
-    axis.grid(visible=True, alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(caption, fontsize=9)
-    save(figure, file)
+        place = (point.cost, 1e3 * point.p99_ttft_s)
+        axis.annotate(point.label, place, xytext=(5, 5), textcoords="offset points", fontsize=7)
+    lengths = [p.p99_ttft_s for p in points]
+    if max(lengths) > 5 * min(lengths):
+        axis.set_yscale("log")
+    axis.set(xlabel=unit, ylabel="P99 TTFT (ms)", xlim=(0, None))
+    axis.legend(fontsize=8)

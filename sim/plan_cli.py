@@ -15,7 +15,8 @@ from backend.profile import load_profile
 from sim import run_dir
 from sim.deployment import interval
 from sim.errors import ScenarioError
-from sim.pareto import pareto_figure, picture, points_of
+from sim.panels import sheet
+from sim.pareto import pareto_panel, picture, points_of
 from sim.plan import Plan, plan
 from sim.plan_checks import unlike_vllm, vllm_command
 from sim.plan_grid import Grid
@@ -107,8 +108,7 @@ def write(folder: Path, answer: Plan, lines: list[str]) -> None:
     data = json.dumps(as_data(answer), indent=1, allow_nan=False)
     (folder / "plan.json").write_text(data + "\n", encoding="utf-8")
     points, caption = points_of(as_data(answer)), f"{answer.cost:.2f} {unit(answer)} keeps {answer.promise}"
-    for suffix in ("png", "svg"):
-        pareto_figure(points, unit(answer), caption, folder / f"pareto.{suffix}")
+    sheet([pareto_panel(points, unit(answer))], caption, [folder / f"pareto.{kind}" for kind in ("png", "svg")], 1)
 
 
 def as_data(answer: Plan) -> dict[str, Any]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sim.copies_plots import copies_figure
+from sim.copies_plots import copies_panels
 from sim.errors import ScenarioError
-from sim.pareto import front, pareto_figure, points_of
+from sim.panels import Panel
+from sim.pareto import front, pareto_panel, points_of
 
-Page = tuple[str, list[str]]
-"""Title and body."""
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a page shows: panels with their caption, tables, and the answer as it was printed."""
+
+    promise: str
+    caption: str
+    panels: list[Panel]
+    frames: list[pd.DataFrame]
+    said: str = ""
 
 
 def is_plan(folder: Path) -> bool:
@@ -23,27 +32,15 @@ def is_plan(folder: Path) -> bool:
     return any((folder / f"{name}.json").is_file() for name in ("plan", "copies"))
 
 
-def plan_page(
-    folder: Path, figure: Callable[[Callable[[Path], None], str, Path], str], table: Callable[[pd.DataFrame], str]
-) -> tuple[Page, list[Path]]:
-    """The page of a directory and the figures that lie beside it; `figure` and `table` make HTML of drawings and frames.
-
-    Raises `ScenarioError` for a directory of another version.
-    """
+def plan_content(folder: Path) -> Content:
+    """What the page of such a directory shows. Raises `ScenarioError` for a directory of another version."""
     name = "plan" if (folder / "plan.json").is_file() else "copies"
     try:
         data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         said = (folder / f"{name}.txt").read_text(encoding="utf-8")
-        stem, draw, caption, body = (_plan if name == "plan" else _copies)(data)
+        return replace((_plan if name == "plan" else _copies)(data), said=said)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScenarioError(f"{folder}: not a {name} of this version ({error}); make it again") from error
-    drawing = figure(draw, caption, folder / stem)
-    words = f'<h2>As printed</h2><div class="wide"><pre>{html.escape(said)}</pre></div>'
-    files = [(folder / stem).with_suffix(suffix) for suffix in (".png", ".svg")]
-    return (f"{folder.name}: {data['promise']}", [drawing, *(table(frame) for frame in body), words]), files
-
-
-Content = tuple[str, Callable[[Path], None], str, list[pd.DataFrame]]
 
 
 def _plan(data: Mapping[str, Any]) -> Content:
@@ -71,7 +68,7 @@ def _plan(data: Mapping[str, Any]) -> Content:
             columns=["relieved, 10 % above the sustainable rate", "more requests within bounds"],
         ),
     ]
-    return "pareto", lambda file: pareto_figure(points, unit, caption, file), caption, frames
+    return Content(data["promise"], caption, [pareto_panel(points, unit)], frames)
 
 
 def _copies(data: Mapping[str, Any]) -> Content:
@@ -85,7 +82,7 @@ def _copies(data: Mapping[str, Any]) -> Content:
         for c in data["cells"]
     ]
     names = ["fine-tunes", "req/s in all", "base + deltas", "dedicated copies", "time-shared copies"]
-    return "copies", lambda file: copies_figure(data, file), caption, [pd.DataFrame(rows, columns=names)]
+    return Content(data["promise"], caption, copies_panels(data), [pd.DataFrame(rows, columns=names)])
 
 
 def _arm(arm: Mapping[str, Any] | None) -> str:

@@ -1,12 +1,12 @@
-"""Whole merged models that share a GPU in turns: a backend whose adapters are full copies of the model.
+"""Whole merged models that share a GPU: a backend whose adapters are full copies of the model.
 
-One model runs at a time. `resident` of them stay in GPU memory and take their weights from the KV cache; another one is
-copied in from host memory, over the least recently used. Steps cost what base steps cost.
+`resident` of them (the engine's `max_loras`) stay in GPU memory and take their weights from the KV cache; another one is copied in
+from host memory, over the least recently used. A step runs the models of its requests one after the other.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class Swap:
 
 
 class SwappedModels(ReplayBackend):
-    """Replays base steps. An adapter id names a whole model; one GPU slot (`max_loras` = 1) says which one runs.
+    """Replays base steps. An adapter id names a whole model, a GPU slot (`max_loras` = `resident`) holds one.
 
     All models are taken to lie in host memory, so staging costs nothing; and the first `resident` ones that are asked for in
     GPU memory from the start, as a dedicated copy is.
@@ -40,33 +40,41 @@ class SwappedModels(ReplayBackend):
         self, profile: Profile, geometry: ModelGeometry, limits: EngineLimits, num_gpu_blocks: int, swap: Swap
     ) -> None:
         super().__init__(profile, geometry, limits, num_gpu_blocks)
-        self._swap = swap
-        self._resident: OrderedDict[int, None] = OrderedDict()
+        self._load_bytes_per_s = swap.load_bytes_per_s
+        self._there = swap.resident
 
     @property
     def step_costs(self) -> None:  # type: ignore[override]
-        """Nothing that a compiled replay could know: what a load costs depends on what is in memory."""
+        """Nothing that a compiled replay could know: its steps are of one model."""
 
     def stage(self, adapter: AdapterShape) -> LoadTiming:
         """From disk: it is in host memory already."""
         return LoadTiming(0.0, 0)
 
     def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
-        """The model's turn: nothing if it is in GPU memory, else the copy of all its weights."""
-        self.slot_ranks[slot] = adapter.rank
-        if adapter.adapter_id in self._resident:
-            self._resident.move_to_end(adapter.adapter_id)
+        """The copy of all its weights; nothing for the first models."""
+        if self._there:
+            self._there -= 1
             return LoadTiming(0.0, 0)
-        self._resident[adapter.adapter_id] = None
-        if len(self._resident) <= self._swap.resident:
-            return LoadTiming(0.0, 0)
-        self._resident.popitem(last=False)
         nbytes = self.geometry.weights_bytes
-        return LoadTiming(self.profile.load.latency_s + nbytes / self._swap.load_bytes_per_s, nbytes)
+        return LoadTiming(self.profile.load.latency_s + nbytes / self._load_bytes_per_s, nbytes)
 
     def execute(self, batch: StepBatch) -> StepTiming:
-        """The step of a merged model: one without adapters."""
-        return super().execute(replace(batch, slots=(NO_SLOT,) * len(batch.slots)))
+        """Steps of merged models, without adapters, one after the other on the GPU; their hosts' work overlaps."""
+        rows: dict[int, list[int]] = {}
+        for i, slot in enumerate(batch.slots):
+            rows.setdefault(slot, []).append(i)
+        steps = [super(SwappedModels, self).execute(_of(batch, some)) for some in rows.values()]
+        device_s, host_s = sum(step.device_s for step in steps), max(step.host_s for step in steps)
+        return StepTiming(device_s, host_s, any(step.extrapolated for step in steps))
+
+
+def _of(batch: StepBatch, rows: Sequence[int]) -> StepBatch:
+    """Some requests of a step, as those of a merged model."""
+    query, context, samples = (
+        tuple(column[i] for i in rows) for column in (batch.query_lens, batch.context_lens, batch.samples)
+    )
+    return StepBatch(query, context, (NO_SLOT,) * len(rows), tuple(map(bool, samples)))
 
 
 def blocks_without_lora(geometry: ModelGeometry, limits: EngineLimits, gpu_bytes: int, resident: int = 1) -> int:

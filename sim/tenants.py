@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from sim.cost_shares import cost_shares
 from sim.metrics import PERCENTILES
 from sim.tables import RunTables
 
@@ -18,8 +19,8 @@ def tenant_table(tables: RunTables) -> pd.DataFrame:
     """One row per adapter with requests (0 = base), worst P99 TTFT first.
 
     Latencies in ms over all its requests, the unfinished counted at the horizon; `longest_wait_s` from arrival to first
-    scheduled; `token_share`: its part of all tokens computed, prompts found in the cache left out; `stages` and
-    `activations` as its loads; `starves`: see `STARVES_FACTOR`.
+    scheduled; `token_share`: its part of all tokens computed, prompts found in the cache left out; `cost_share`: its part
+    of the busy seconds (`sim.cost_shares`); `stages` and `activations` as its loads; `starves`: see `STARVES_FACTOR`.
     """
     r = tables.requests
     first, finish = r["first_token_s"].fillna(tables.horizon_s), r["finish_s"].fillna(tables.horizon_s)
@@ -45,10 +46,12 @@ def tenant_table(tables: RunTables) -> pd.DataFrame:
         tokens=("tokens", "sum"),
     )
     for name in ("ttft", "tpot", "e2el"):
+        out[f"mean_{name}_ms"] = groups[name].mean()
         for p in PERCENTILES:
             out[f"p{p}_{name}_ms"] = groups[name].quantile(p / 100)
     out["token_share"] = out.pop("tokens") / max(1, int(columns["tokens"].sum()))
     named = tables.adapters.set_index("adapter")[["name", "rank", "stages", "activations"]]
+    out["cost_share"] = cost_shares(tables).reindex(out.index)
     out = out.join(named).fillna({"name": "base", "rank": 0, "stages": 0, "activations": 0})
     out = out.astype({"rank": "int64", "stages": "int64", "activations": "int64"})
     waits = out["longest_wait_s"].to_numpy()

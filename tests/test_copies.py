@@ -10,7 +10,7 @@ import joblib
 import numpy as np
 import pytest
 
-from backend.base import AdapterShape, StepBatch
+from backend.base import AdapterShape, StepBatch, StepTiming
 from backend.errors import BackendError
 from backend.geometry import load_geometry
 from backend.profile import load_profile
@@ -58,7 +58,14 @@ def quiet(tenants: int, seed: int = 0, gap_s: float = 3.0, each: int = 2) -> Tra
 
 def copies(resident: int, replicas: int = 1, **engine) -> Deployment:
     fleet = FleetConfig(replicas, router="adapter_affinity")
-    return Deployment("llama-3.1-8b", H100, replace(ENGINE, **engine), fleet, lora=False, swap=Swap(resident, 50e9))
+    return Deployment(
+        "llama-3.1-8b",
+        H100,
+        replace(ENGINE, max_loras=resident, **engine),
+        fleet,
+        lora=False,
+        swap=Swap(resident, 50e9),
+    )
 
 
 def question(slo: str = "ttft_p99<=1s", most: int = 16) -> Question:
@@ -66,23 +73,26 @@ def question(slo: str = "ttft_p99<=1s", most: int = 16) -> Question:
     return Question(scenario, parse_slo(slo), Grid(), {H100: 2.5}, {H100: 50e9}, most)
 
 
-def test_a_swap_costs_the_weights_at_the_bandwidth_and_a_resident_model_nothing() -> None:
+def test_a_swap_costs_the_weights_at_the_bandwidth_and_the_first_models_nothing() -> None:
     backend = open_replica(copies(2))
     assert isinstance(backend, SwappedModels)
-    shapes = [AdapterShape(i, 8, TARGET_MODULES) for i in range(1, 4)]
-    latency = load_profile(H100).load.latency_s
-    whole = pytest.approx(latency + WEIGHTS / 50e9)
-    seconds = [backend.load(shapes[i], 0).elapsed_s for i in (0, 1, 0, 2, 0, 1)]
-    assert seconds == [0.0, 0.0, 0.0, whole, 0.0, whole], "the third throws the second out, which was used longest ago"
+    shape = AdapterShape(1, 8, TARGET_MODULES)
+    whole = pytest.approx(load_profile(H100).load.latency_s + WEIGHTS / 50e9)
+    assert [backend.load(shape, 0).elapsed_s for _ in range(4)] == [0.0, 0.0, whole, whole]
+    assert backend.stage(shape).elapsed_s == 0
 
 
-def test_a_merged_model_steps_as_the_base_does() -> None:
-    plain = open_replica(Deployment("llama-3.1-8b", H100, ENGINE, FleetConfig()))
-    shared = open_replica(copies(1))
-    shared.load(AdapterShape(1, 8, TARGET_MODULES), 0)
-    sizes = (1, 1), (100, 200)
-    with_slots, without = StepBatch(*sizes, (0, 0), (True, True)), StepBatch(*sizes, (-1, -1), (True, True))
-    assert shared.execute(with_slots) == plain.execute(without)
+def test_a_step_is_the_base_steps_of_its_models_one_after_the_other() -> None:
+    def step(deployment: Deployment, contexts: tuple[int, ...], slots: tuple[int, ...]) -> StepTiming:
+        many = len(slots)
+        return open_replica(deployment).execute(StepBatch((1,) * many, contexts, slots, (True,) * many))
+
+    plain = Deployment("llama-3.1-8b", H100, ENGINE, FleetConfig())
+    assert step(copies(1), (100, 200), (0, 0)) == step(plain, (100, 200), (-1, -1))
+    both = step(copies(2), (100, 200, 300), (0, 1, 0))
+    apart = step(plain, (100, 300), (-1, -1)), step(plain, (200,), (-1,))
+    assert both.device_s == pytest.approx(sum(one.device_s for one in apart))
+    assert both.host_s == max(one.host_s for one in apart)
 
 
 def test_resident_models_take_their_weights_from_the_kv_cache() -> None:
@@ -220,7 +230,7 @@ def test_copies_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     data = json.loads((out / "copies.json").read_text())
     assert [c["tenants"] for c in data["cells"]] == [1, 2, 3], "between 1 and 3 by bisection"
     assert [c["arms"]["dedicated"]["cost"] for c in data["cells"]] == [2.0, 4.0, 6.0]
-    assert data["break_even"] == [{"factor": 1.0, "dedicated": 2, "time_shared": 2}]
+    assert data["break_even"] == [{"factor": 1.0, "dedicated": 2, "time_shared": None}], "three models fit into one GPU"
     assert (out / "copies.png").is_file()
     assert main(["report", str(out)]) == 0
     assert "time-shared copies" in (out / "report.html").read_text()

@@ -69,7 +69,7 @@ def test_the_report_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "plan.txt").write_text("promise   ttft_p99<=1s\n")
     assert main(["report", str(tmp_path)]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert {file.name for file in written} == {"pareto.png", "pareto.svg", "report.html"}
+    assert [file.name for file in written] == ["report.html"]
     page = (tmp_path / "report.html").read_text()
     for word in ("<svg", "max_loras 8 &amp; &lt;more&gt;", "nothing left", "+10.00%", "promise   ttft_p99&lt;=1s"):
         assert word in page

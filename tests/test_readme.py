@@ -36,17 +36,22 @@ def test_the_readme_runs_as_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"TRACE": str(SAMPLE), **{f"NAME_{part}.csv": f"{MEASURED}{part}.csv" for part in ("requests", "steps")}}
-    done = set()
+    done, printed = set(), ""
     for argv in filter(complete, commands((ROOT / "README.md").read_text())):
         if any(word in NEEDS_A_GPU for word in argv):
             parser().parse_args(argv)
             continue
         run = [places.get(word, word) for word in argv]
         assert main(run) == 0, f"multilora {shlex.join(run)}: {capsys.readouterr().err}"
-        last = capsys.readouterr().out.strip().splitlines()[-1]
+        out = capsys.readouterr().out
+        printed, last = printed + out, out.strip().splitlines()[-1]
         assert argv[0] == "validate" or Path(last).exists()
         done.add(argv[0] if argv[0] != "workload" else argv[1])
-        places["RUN_DIR"] = last if argv[0] == "run" else places["RUN_DIR"]
+        places |= {"RUN_DIR": last} if argv[0] == "run" else {}
+    quotes = re.findall(r"“(best: [^”]*)”", (ROOT / "README.md").read_text())
+    assert quotes
+    for part in " … ".join(quotes).split("…"):
+        assert " ".join(part.split()) in printed, "the README quotes what its command no longer prints"
     assert done == {
         "run", "measure", "sweep", "plan", "copies", "effects", "curve", "report", "validate", "describe", "fit", "convert",
     }  # fmt: skip

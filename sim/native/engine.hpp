@@ -59,7 +59,7 @@ class Engine {
         State state{row, r.prompt_tokens[row], r.limit[row], r.adapter[row], r.priority[row], r.arrival_s[row]};
         if (config.enable_prefix_caching) state.prefix = r.prefix(row);
         states.push_back(std::move(state));
-        scheduler.add(&states.back());
+        scheduler.waiting.add(&states.back());
         steady_ = false;
         if (idle()) {
             now_s = at_s;
@@ -83,7 +83,7 @@ class Engine {
             }
             if (full()) return true;
             if (!planning_ || (!last && now_s >= until_s) || now_s > until_s) return false;
-            if (scheduler.running.empty() && scheduler.waiting.empty() && !flying_) {
+            if (scheduler.running.empty() && scheduler.waiting.all.empty() && !flying_) {
                 planning_ = false;
                 return false;
             }
@@ -186,7 +186,7 @@ class Engine {
         row.distinct_adapters = static_cast<Int>(used_.size());
         row.admitted = plan.admitted();
         row.preempted = static_cast<Int>(plan.preempted.size());
-        row.skipped = static_cast<Int>(plan.skipped.size());
+        row.skipped = plan.passed;
         row.cached_tokens = cached;
         fly(flight, timing, stage_s, copy_s);
         steady_ = plain;
@@ -250,7 +250,7 @@ class Engine {
 
     void record(StepRow& row) {
         row.running = static_cast<Int>(scheduler.running.size());
-        row.waiting = static_cast<Int>(scheduler.waiting.size());
+        row.waiting = static_cast<Int>(scheduler.waiting.all.size());
         row.step = totals.steps;
         totals.add(row);
         if (keep_rows_) rows.push_back(row);
@@ -298,6 +298,7 @@ class Engine {
             uses[a].step_uses += steps;
             uses[a].hits += steps;
         }
+        if (latest.plan.to_the_end) scheduler.waiting.pass(steps);
         for (State* s : latest.plan.skipped) s->skips += steps;
         return true;
     }
