@@ -1,4 +1,4 @@
-"""The command line: `multilora run | sweep | plan | curve | report | measure | validate | workload`."""
+"""The command line: `multilora run | sweep | plan | copies | effects | curve | report | measure | validate | workload`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backend.errors import BackendError
-from sim import curve_cli, plan_cli, validate_cli, workload_cli
+from sim import copies_cli, curve_cli, effects_cli, plan_cli, validate_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -62,9 +62,11 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")
     curve_cli.add_verb(verbs)
-    report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
-    report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
+    report = verbs.add_parser("report", help="a run, a sweep or a plan as one HTML page; a run's timeline for Perfetto")
+    report.add_argument("directory", type=Path, help="the directory of a run, a sweep, a plan or copies")
     plan_cli.add_verb(verbs)
+    copies_cli.add_verb(verbs)
+    effects_cli.add_verb(verbs)
     validate_cli.add_verb(verbs)
     workload_cli.add_verbs(verbs)
     return top
@@ -139,9 +141,16 @@ def _measured(args: argparse.Namespace) -> Profile:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from sim.report import report
+    import pandas as pd
 
-    for file in report(args.directory):
+    from sim.report import report
+    from sim.tenants import tenant_lines
+
+    files = report(args.directory)
+    for file in files:
+        if file.name == "tenants.parquet":
+            print("\n".join(tenant_lines(pd.read_parquet(file))))
+    for file in files:
         print(file)
 
 
@@ -228,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "curve": curve_cli.run,
             "report": _report,
             "plan": plan_cli.run,
+            "copies": copies_cli.run,
+            "effects": effects_cli.run,
             "validate": validate_cli.run,
             "workload": workload_cli.run,
         }[args.verb](args)

@@ -1,4 +1,4 @@
-"""`multilora report`: a run directory or a sweep as one self-contained HTML page, and a run's timeline for Perfetto."""
+"""`multilora report`: a run, a sweep or a plan as one self-contained HTML page, and a run's timeline for Perfetto."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sim import run_dir
 from sim.errors import ScenarioError
 from sim.metrics import jain
 from sim.panels import Panel, alone
+from sim.plan_report import is_plan, plan_content
 from sim.plots import run_figure, run_panels, tenant_figure, tenant_panels
 from sim.tables import RunTables
 from sim.tenants import tenant_table
@@ -59,7 +60,9 @@ def read_run(folder: Path) -> tuple[RunTables, dict[str, object], dict[str, obje
 
 
 def report(folder: Path) -> list[Path]:
-    """Write `report.html` into a run directory or a sweep; for a run also `timeline.json`, `tenants.parquet` and figures."""
+    """Write `report.html` into a run, a sweep or a plan; for a run also `timeline.json`, `tenants.parquet` and figures."""
+    if is_plan(folder):
+        return [_write(folder / "report.html", _plan_page(folder))]
     if (folder / "results.parquet").is_file():
         return [_write(folder / "report.html", _sweep_page(folder))]
     if (folder / "sweep.toml").is_file():
@@ -170,6 +173,13 @@ def _sweep_page(folder: Path) -> str:
     for heading, panels in sweep_panels(results, keys).items():
         body += [f"<h2>{heading.replace('_', ' ').capitalize()}</h2>", _figures(panels, caption)]
     return _page(title, [*body, "<h2>All runs</h2>", _table(results[shown].rename(columns=LABELS).map(_cell))])
+
+
+def _plan_page(folder: Path) -> str:
+    content = plan_content(folder)
+    body = [_figures(content.panels, content.caption), *(_table(frame) for frame in content.frames)]
+    words = f'<h2>As printed</h2><div class="wide"><pre>{html.escape(content.said)}</pre></div>'
+    return _page(f"{folder.name}: {content.promise}", [*body, words])
 
 
 def _figures(panels: Sequence[Panel], caption: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 
@@ -56,3 +58,17 @@ def tenant_table(tables: RunTables) -> pd.DataFrame:
     limit = max(STARVES_S, STARVES_FACTOR * float(np.median(waits))) if len(waits) else STARVES_S
     out["starves"] = out["longest_wait_s"] >= limit
     return out.reset_index().sort_values(["p99_ttft_ms", "adapter"], ascending=[False, True], ignore_index=True)
+
+
+def tenant_lines(tenants: pd.DataFrame, most: int = 3) -> Iterator[str]:
+    """In words: who starves, and the adapters whose requests waited longest. `tenants` as `tenant_table` makes it."""
+    starving = int(tenants["starves"].sum())
+    yield (
+        f"{starving} of {len(tenants)} adapters starve (longest wait at least {STARVES_S:g} s and {STARVES_FACTOR:g} times the"
+        f" median adapter's, {tenants['longest_wait_s'].median():.3f} s)"
+    )
+    for row in tenants.sort_values("longest_wait_s", ascending=False, kind="stable").head(most).to_dict("records"):
+        yield (
+            f"  {row['name']} (rank {row['rank']}): {row['requests']} requests, longest wait {row['longest_wait_s']:.3f} s, P99"
+            f" TTFT {row['p99_ttft_ms']:.1f} ms, {row['activations']} loads, {row['token_share']:.1%} of the tokens"
+        )

@@ -275,7 +275,12 @@ def test_the_command_names_what_it_wrote(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(folders[0])]) == 0
-    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[1:5] == ["of", "8", "adapters", "starve"]
+    assert [line.split()[0] for line in lines[1:4]] == list(
+        pd.read_parquet(folders[0] / "tenants.parquet").nlargest(3, "longest_wait_s")["name"]
+    )
+    assert [Path(line).name for line in lines[4:]] == [
         "report.html",
         "timeline.json",
         "tenants.parquet",
