@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
-from sim import copies_cli, curve_cli, effects_cli, plan_cli, validate_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from backend.profile import Profile
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verbs and their flags."""
+ELSEWHERE = ("curve", "plan", "copies", "effects", "validate", "workload")
+"""Verbs with a module of their own, `sim/VERB_cli.py`, which is imported for them alone: start-up counts."""
+
+
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The verbs and their flags; with `only`, of those with a module of their own no other than that one."""
     top = argparse.ArgumentParser(prog="multilora", description="Plan multi-LoRA LLM serving on measured costs.")
     verbs = top.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="simulate a scenario and write a run directory")
@@ -61,15 +65,16 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--executor", choices=("local", "ray"), default="local")
     sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")
-    curve_cli.add_verb(verbs)
     report = verbs.add_parser("report", help="a run, a sweep or a plan as one HTML page; a run's timeline for Perfetto")
     report.add_argument("directory", type=Path, help="the directory of a run, a sweep, a plan or copies")
-    plan_cli.add_verb(verbs)
-    copies_cli.add_verb(verbs)
-    effects_cli.add_verb(verbs)
-    validate_cli.add_verb(verbs)
-    workload_cli.add_verbs(verbs)
+    for verb in ELSEWHERE:
+        if only in (None, verb):
+            _module(verb).add_verb(verbs)
     return top
+
+
+def _module(verb: str) -> Any:
+    return import_module(f"sim.{verb}_cli")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -226,22 +231,19 @@ def table(summary: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+HERE = {"run": _run, "measure": _measure, "sweep": _sweep, "report": _report}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0, or 2 after one sentence on standard error."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    known = words and words[0] in (*HERE, *ELSEWHERE)
+    args = parser(words[0] if known else None).parse_args(words)
     try:
-        {
-            "run": _run,
-            "measure": _measure,
-            "sweep": _sweep,
-            "curve": curve_cli.run,
-            "report": _report,
-            "plan": plan_cli.run,
-            "copies": copies_cli.run,
-            "effects": effects_cli.run,
-            "validate": validate_cli.run,
-            "workload": workload_cli.run,
-        }[args.verb](args)
+        if args.verb in HERE:
+            HERE[args.verb](args)
+        else:
+            _module(args.verb).run(args)
     except (ScenarioError, WorkloadError, BackendError) as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2
