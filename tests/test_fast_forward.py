@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,8 @@ from sim.fleet_tables import fleet_tables
 from sim.metrics import summarise
 from sim.placement import PLACEMENTS
 from sim.router import ROUTERS
+from sim.run import execute
+from sim.scenario import load_scenario
 from sim.tables import RunTables
 from workloads.adapters import Catalogue
 from workloads.requests import PrefixTree, RequestTable
@@ -197,3 +200,13 @@ def test_i8_the_same_tables_of_a_fleet(w: dict, f: dict) -> None:
     for name in ("requests", "steps", "adapters", "moves", "replicas"):
         pd.testing.assert_frame_equal(getattr(fast, name), getattr(slow, name), check_exact=True, obj=name)
     assert (fast.horizon_s, fast.totals) == (slow.horizon_s, slow.totals)
+
+
+def test_without_the_compiled_loop_everything_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no C++ compiler was when the package was built."""
+    scenario = replace(load_scenario("demo-fleet"), horizon_s=30.0)
+    compiled_tables, compiled_summary, _ = execute(scenario)
+    monkeypatch.setattr(compiled, "_native", None)
+    tables, summary, _ = execute(scenario)
+    assert summary == compiled_summary
+    assert files(tables) == files(compiled_tables)
