@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +30,23 @@ class Panel:
     grid: bool = True
 
 
-def sheet(panels: Sequence[Panel], caption: str, files: Sequence[Path], columns: int = 2) -> None:
-    """Write all panels as one figure, `caption` above: PNG or SVG by each file's name."""
-    from matplotlib import pyplot as plt
+def sheet(
+    panels: Sequence[Panel], caption: str, files: Sequence[Path], columns: int = 2, *, fixed: bool = False
+) -> None:
+    """Write all panels as one figure, `caption` above: PNG or SVG by each file's name.
 
-    _agg()
+    `fixed`: margins that do for numbers on every axis; finding those that fit takes as long as drawing.
+    """
     rows = -(-len(panels) // columns)
     size = (WIDTH * 1.1 * columns, (0.3 + HEIGHT * max(panel.tall for panel in panels)) * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
+    figure = _figure(size, None if fixed else "constrained")
+    if fixed:
+        width, height = size
+        figure.subplots_adjust(
+            left=0.75 / width, right=1 - 0.2 / width, bottom=0.6 / height, top=1 - 0.75 / height,
+            wspace=1.0 / (width / columns), hspace=1.1 / (height / rows),
+        )  # fmt: skip
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -45,19 +54,14 @@ def sheet(panels: Sequence[Panel], caption: str, files: Sequence[Path], columns:
     figure.suptitle(caption, fontsize=9)
     for file in files:
         _write(figure, file, file.suffix[1:])
-    plt.close(figure)
 
 
 def alone(panel: Panel) -> str:
     """The panel by itself as an SVG element for a page; its title is what a screen reader says."""
-    from matplotlib import pyplot as plt
-
-    _agg()
-    figure, axis = plt.subplots(figsize=(WIDTH, HEIGHT * panel.tall), constrained_layout=True)
-    _fill(axis, panel)
+    figure = _figure((WIDTH, HEIGHT * panel.tall), "constrained")
+    _fill(figure.subplots(), panel)
     text = io.StringIO()
     _write(figure, text, "svg", salt=panel.title)
-    plt.close(figure)
     # Without its XML head, which has no place inside a page.
     drawing = text.getvalue()
     return f'<svg role="img" aria-label="{html.escape(panel.title)}"' + drawing[drawing.index("<svg") + 4 :]
@@ -78,7 +82,8 @@ def _write(figure: Figure, file: Path | io.StringIO, kind: str, salt: str = "") 
         figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
 
 
-def _agg() -> None:
-    import matplotlib as mpl
+def _figure(size: tuple[float, float], layout: Literal["constrained"] | None) -> Figure:
+    """Without pyplot: nothing to close, and less to import."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
+    return Figure(figsize=size, layout=layout)

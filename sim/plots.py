@@ -29,7 +29,7 @@ WORST_TENANTS = 25
 
 def run_figure(tables: RunTables, caption: str, *files: Path) -> None:
     """Queue and batch, KV use and adapter loads over time, and the latency distribution; `caption` says of what."""
-    sheet(run_panels(tables), caption, files)
+    sheet(run_panels(tables), caption, files, fixed=True)
 
 
 def tenant_figure(tenants: pd.DataFrame, caption: str, *files: Path) -> None:

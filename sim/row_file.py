@@ -52,10 +52,10 @@ class RowFile:
 
 
 def thinned(steps: Path) -> pd.DataFrame:
-    """The steps of a file, or of every so many the first, with the loads of all of them added up."""
+    """The steps of a file, or one of every so many: the peaks of what it shows, all loads, from the first start to the last end."""
     file = pq.ParquetFile(steps)
     stride = -(-max(1, file.metadata.num_rows) // LOOKED_AT)
-    columns = [name for name in ("replica", "end_s", *_SHOWN, *_COUNTED) if name in file.schema_arrow.names]
+    columns = [name for name in ("replica", "start_s", *_PEAKS, *_COUNTED) if name in file.schema_arrow.names]
     parts: list[pd.DataFrame] = []
     for batch in file.iter_batches(batch_size=GROUP // stride * stride, columns=columns):
         frame = batch.to_pandas()
@@ -63,10 +63,11 @@ def thinned(steps: Path) -> pd.DataFrame:
         starts = np.arange(0, len(frame), stride)
         for name in _COUNTED:
             first[name] = np.add.reduceat(frame[name].to_numpy(), starts)
-        first["end_s"] = np.maximum.reduceat(frame["end_s"].to_numpy(), starts)  # an engine is idle only after it
+        for name in _PEAKS if "replica" not in first else ():  # a fleet's steps lie side by side
+            first[name] = np.maximum.reduceat(frame[name].to_numpy(), starts)
         parts.append(first)
     return pd.concat(parts, ignore_index=True) if parts else file.schema_arrow.empty_table().to_pandas()
 
 
-_SHOWN = ("start_s", "running", "waiting", "used_blocks", "free_blocks")
+_PEAKS = ("end_s", "running", "waiting", "used_blocks", "free_blocks")
 _COUNTED = ("activations", "stages")
