@@ -136,7 +136,7 @@ def dedicated(question: Question, traffic: Sequence[Traffic]) -> Arm | None:
 def time_shared(question: Question, traffic: Sequence[Traffic], alone: Arm | None) -> Arm | None:
     """Models that share GPUs: fewer than each needs `alone`, else that is what sharing comes to."""
     most = question.most if alone is None else min(question.most, alone.gpus - 1)
-    found = cheapest(list(_turns(question)), traffic, question.promise, most) if most else None
+    found = cheapest(list(_shared(question)), traffic, question.promise, most) if most else None
     if found is None or (alone is not None and found.cost >= alone.cost):
         return None if alone is None else replace(alone, how="no fewer than dedicated")
     d = found.deployment
@@ -154,7 +154,7 @@ def _copies(question: Question, profile: str, swap: Swap | None = None, **engine
     return Deployment(question.scenario.geometry, profile, alone, FleetConfig(), lora=False, swap=swap)
 
 
-def _turns(question: Question) -> Iterator[Candidate]:
+def _shared(question: Question) -> Iterator[Candidate]:
     for kind in sorted(question.prices, key=lambda p: question.prices[p]):
         top = most_resident(lambda n, kind=kind: _copies(question, kind, Swap(n, 1.0)))  # type: ignore[misc]
         for resident in sorted({1, top}, reverse=True):
