@@ -51,6 +51,7 @@ class StepBatch:
     replay ignores them (empty).
     `decodes[n]`: the row's token is the one sampled last; live backends need it (empty: where `query_lens[n]` is 1 after
     some context, which a prompt's last chunk can be as well).
+    `skipped`: waiting requests that the scheduler walked over for this step, their adapters finding no slot.
     """
 
     query_lens: tuple[int, ...]
@@ -59,6 +60,7 @@ class StepBatch:
     samples: tuple[bool, ...]
     block_tables: tuple[tuple[int, ...], ...] = ()
     decodes: tuple[bool, ...] = ()
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.query_lens)

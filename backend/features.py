@@ -31,7 +31,7 @@ class StepFeatures:
     `lora_rows`, `lora_tiles`, `active_adapters`; `rank_sum`, `max_rank`: of the ranks of the active adapters;
     `row_rank`: rows times their adapter's rank, added up; `decode_only`: every request computes one token; `after_prompts`: the
     step before had others, so that an engine sets its batch up anew; `idle_slots`: of an engine whose LoRA kernels run over all
-    `max_loras` slots, those that no adapter of the step is in (0: not known).
+    `max_loras` slots, those that no adapter of the step is in (0: not known); `skipped`: waiting requests that the scheduler walked over.
     """
 
     rows: int
@@ -51,6 +51,7 @@ class StepFeatures:
     decode_only: bool
     after_prompts: bool = False
     idle_slots: int = 0
+    skipped: int = 0
 
     @classmethod
     def of(
@@ -89,6 +90,7 @@ class StepFeatures:
             len(keys) == len(batch.query_lens),
             after_prompts,
             max(0, max_loras - len(per_slot)) if per_slot else 0,
+            batch.skipped,
         )
 
 

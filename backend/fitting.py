@@ -41,11 +41,12 @@ def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
     columns = (steps[name] for name in ("query_lens", "context_lens", "slots", "ranks"))
     features = []
     fresh = steps["after_prompts"] if "after_prompts" in steps else [False] * len(steps)
-    for query, context, slots, ranks, after in zip(*columns, fresh, strict=True):
+    of_engine = steps["max_loras"] if "max_loras" in steps else [0] * len(steps)
+    for query, context, slots, ranks, after, max_loras in zip(*columns, fresh, of_engine, strict=True):
         lengths = (tuple(map(int, query)), tuple(map(int, context)), tuple(map(int, slots)))
         slot_ranks = dict(zip(lengths[2], map(int, ranks), strict=True))
         batch = StepBatch(*lengths, (True,) * len(lengths[0]))
-        features.append(StepFeatures.of(batch, slot_ranks, after_prompts=bool(after)))
+        features.append(StepFeatures.of(batch, slot_ranks, after_prompts=bool(after), max_loras=int(max_loras)))
     return features
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from backend.errors import BackendError
-from backend.predictor import TERMS, FloatArray, Predictor, Regime
+from backend.predictor import HOST_TERMS, TERMS, FloatArray, Predictor, Regime
 from backend.regression import least_relative
 
 COSTS = ("base_s", "request_s", "adapter_s", "idle_slot_s", "prompt_token_s")
@@ -79,4 +79,4 @@ def predictor_of(costs: Mapping[str, float]) -> Predictor:
     terms["idle_slots"] = costs["idle_slot_s"]
     knots = (0.0, 1e6)
     device = (costs["base_s"], costs["base_s"] + 1e6 * token, 0.0, *terms.values())
-    return Predictor((), {"eager": Regime(knots, (0.0,), device, (0.0,) * 6, {}, {})})
+    return Predictor((), {"eager": Regime(knots, (0.0,), device, (0.0,) * HOST_TERMS, {}, {})})

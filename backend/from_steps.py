@@ -34,12 +34,15 @@ def profile_from_steps(
     gpu_memory_gib: float,
     bandwidth_gb_s: float | None,
     out: Path,
+    slot_tile_us: float = 0.0,
 ) -> Profile:
     """Fit a profile to `logs` (kinds in `step_logs`), check it on `held_out`, and write it into the new folder `out`.
 
     `engine`: JSON with at least `gpu` and `capture_sizes` (rows that CUDA graphs were captured for; empty: none); its
     `vllm`, `torch`, `date` are kept. `bandwidth_gb_s`: for timing tables of one context and one rank, which do not say what
-    a longer context costs: keys are then taken to be read at this rate. Raises `BackendError`.
+    a longer context costs: keys are then taken to be read at this rate. `slot_tile_us`: what a slot costs in all LoRA kernels of a
+    step for 64 rows (`benchmarks/slot_tiles.py`), so that other `max_loras` than the tables' can be predicted. Raises
+    `BackendError`.
     """
     if out.exists():
         raise BackendError(f"--out {out}: exists already; name a new folder")
@@ -47,9 +50,13 @@ def profile_from_steps(
     fitted, checked = read_steps(logs, rank, "grid"), read_steps(held_out, rank, "held_out")
     if fitted.empty:
         raise BackendError(f"--from-steps {logs[0]}: no steps in these files, only adapter moves")
+    if "max_loras" in fitted and len(checked):
+        # Step logs do not say it: their engine is taken to be that of the tables.
+        checked["max_loras"] = int(fitted["max_loras"].max())
     loads = read_loads([*logs, *held_out], rank, geometry.lora_bytes(rank))
     per_key = None if bandwidth_gb_s is None else geometry.kv_bytes_per_token / bandwidth_gb_s / 1e9
-    engine_facts = Engine(tuple(facts.pop("capture_sizes")), per_key, VLLM_LORA_ROWS if "vllm" in facts else 1)
+    rows_at_once = VLLM_LORA_ROWS if "vllm" in facts else 1
+    engine_facts = Engine(tuple(facts.pop("capture_sizes")), per_key, rows_at_once, slot_tile_us / 1e6)
     predictor = fit_predictor(measured(fitted), engine_facts)
     judged = checked if len(checked) else fitted
     by_regime = accuracy_by_regime(predictor, judged)

@@ -25,10 +25,20 @@ BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "ra
 TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
     "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank", "idle_slots",
+    "slot_tiles", "wide_adapters", "prompt_rows",
 )  # fmt: skip
 """The terms after the two hats, in the order of `Regime.terms`; attention's come first."""
 
+GRID_ROWS = 64
+"""Rows of a step that one block of vLLM's LoRA expand takes (`block_m`): each slot has blocks for all rows, used or not."""
+
+WIDE_ROWS = 128
+"""From so many rows on vLLM's LoRA shrink splits its sums 8 times instead of 64 (`get_lora_op_configs`): adapters cost less."""
+
 _ATTENTION = 4
+
+HOST_TERMS = 7
+"""How many `host_terms` there are."""
 
 
 def hat(value: float, knots: Sequence[float]) -> list[float]:
@@ -53,9 +63,9 @@ def dot(coefficients: Sequence[float], terms: Sequence[float]) -> float:
 
 
 def host_terms(f: StepFeatures) -> list[float]:
-    """What the host's seconds of a step depend on: the step, whether it has adapters or follows one with prompts, its sizes."""
+    """What the host's seconds of a step depend on: the step, whether it has adapters or follows one with prompts, its sizes, the queue."""
     flags = (1.0, 1.0 if f.active_adapters else 0.0, 1.0 if f.after_prompts else 0.0)
-    return [*flags, f.requests, f.active_adapters, f.rows]
+    return [*flags, f.requests, f.active_adapters, f.rows, f.skipped]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,9 @@ class Regime:
             f.lora_tiles,
             f.row_rank,
             f.idle_slots,
+            (f.idle_slots + f.active_adapters) * -(-size // GRID_ROWS),
+            f.active_adapters if size >= WIDE_ROWS else 0,
+            f.rows - f.decodes if f.active_adapters else 0,
         ]
 
     def parts(self, f: StepFeatures, size: int) -> dict[str, float]:
@@ -162,4 +175,9 @@ class Predictor:
 
 def _regime(data: Mapping[str, Any]) -> Regime:
     lists = {key: tuple(data[key]) for key in ("knots", "lora_knots", "device", "host", "launch")}
+    # Profiles from before vLLM's grids were terms: nothing was fitted to them.
+    missing = len(lists["knots"]) + len(lists["lora_knots"]) + len(TERMS) - len(lists["device"])
+    lists["device"] += (0.0,) * missing
+    for name in ("host", "launch"):
+        lists[name] += (0.0,) * (HOST_TERMS - len(lists[name]) if lists[name] else 0)
     return Regime(low=data["low"], high=data["high"], lora_rows=data["lora_rows"], **lists)

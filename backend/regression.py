@@ -15,6 +15,9 @@ from backend.predictor import BOUNDED, TERMS, FloatArray, Predictor, Regime, hos
 _LEAN = frozenset({"prefill_keys", "active_adapters"})
 """Those that a sparse table, of one rank and one context, can tell apart."""
 
+_GRIDS = frozenset({"slot_tiles", "wide_adapters", "prompt_rows"})
+"""Those of vLLM's LoRA kernels alone, which are not fitted to single steps."""
+
 WAITED_S = 0.005
 """A step whose device was waited for longer than this after the launches was bound by the device."""
 
@@ -51,12 +54,14 @@ class Engine:
     """What is known of an engine whose steps are fitted.
 
     `seconds_per_key`: what reading one cached key costs, for sparse tables in which contexts do not vary: it is taken as
-    given, and only terms that such a table can tell apart are fitted. `lora_rows`: see `Regime`.
+    given, and only terms that such a table can tell apart are fitted. `lora_rows`: see `Regime`. `seconds_per_slot_tile`: what the
+    blocks of a slot take in all LoRA kernels for 64 rows, measured apart: a table of one `max_loras` does not tell.
     """
 
     graph_sizes: tuple[int, ...]
     seconds_per_key: float | None = None
     lora_rows: int = 1
+    seconds_per_slot_tile: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,11 @@ def fit_regime(
     matrix = np.array([empty.terms(f, size) for f, size in zip(steps, sizes, strict=True)])
     weight = 1.0 / (measured.device_s + measured.host_s)
     first = len(knots) + len(lora_knots)
-    given: dict[int, float] = {}
+    given = {first + i: 0.0 for i, name in enumerate(TERMS) if name in _GRIDS}
     if engine.seconds_per_key is not None:
         given = {first + i: 0.0 for i, name in enumerate(TERMS) if name not in _LEAN}
         given[first] = engine.seconds_per_key
+    given[first + TERMS.index("slot_tiles")] = engine.seconds_per_slot_tile
     device = _nonnegative(matrix, measured.device_s, weight, given)
     return replace(empty, device=device, host=fit_host(steps, measured.host_s, weight))
 

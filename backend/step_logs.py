@@ -5,6 +5,7 @@ Four kinds of CSV, told apart by their columns (times in ms):
 - a step log `NAME_steps.csv`: a row a step with `total_ms` (the whole step), `sample_ms` (its GPU part), `loads`, `load_ms`,
   `activations`, `act_ms`; beside it `NAME_sched.jsonl.gz`, a line a step `[step, [[request, tokens], ...]]`, and
   `NAME_requests.csv` with `req`, `prompt_tokens`, `adapter_id` (0: none);
+- both tables may have `max_loras`, of the engine they were measured on;
 - a decode table: `B` requests over `D` adapters, keys from `ctx_first` to `ctx_last`, `median_ms`, `sample_ms`;
 - a prefill table: `tokens` in `n_prompts` prompts over `D` adapters, `step_ms`, `sample_ms`;
 - a load table: `load_from_disk_ms` (disk to host, 0: was there), `activate_ms` (host to slot, 0: was there).
@@ -101,7 +102,8 @@ def _from_decode(row: dict[Any, Any], rank: int) -> dict[str, Any]:
     slots = _spread_slots(requests, int(row["D"]))
     batch = StepBatch((1,) * requests, (context,) * requests, slots, (True,) * requests)
     spread = (float(row.get("p10_ms", median)), float(row.get("p90_ms", median)))
-    return _row(batch, rank, median, float(row["sample_ms"]), float(row.get("exec_ms", 0.0)), spread)
+    timed = _row(batch, rank, median, float(row["sample_ms"]), float(row.get("exec_ms", 0.0)), spread)
+    return {**timed, "max_loras": int(row.get("max_loras", 0))}
 
 
 def _from_prefill(table: pd.DataFrame, rank: int) -> list[dict[str, Any]]:
@@ -112,7 +114,8 @@ def _from_prefill(table: pd.DataFrame, rank: int) -> list[dict[str, Any]]:
         batch = StepBatch((tokens // count,) * count, (0,) * count, _spread_slots(count, adapters), (True,) * count)
         low, median, high = kept["step_ms"].quantile([0.1, 0.5, 0.9])
         launch = float(kept["exec_ms"].median()) if "exec_ms" in kept else 0.0
-        rows.append(_row(batch, rank, median, kept["sample_ms"].median(), launch, (low, high)))
+        timed = _row(batch, rank, median, kept["sample_ms"].median(), launch, (low, high))
+        rows.append({**timed, "max_loras": int(kept["max_loras"].iloc[0]) if "max_loras" in kept else 0})
     return rows
 
 

@@ -57,6 +57,9 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     logs.add_argument(
         "--bandwidth-gb-s", type=float, help="its bandwidth, where all logs have one context and one rank"
     )
+    logs.add_argument(
+        "--slot-tile-us", type=float, default=0.0, help="what a slot costs in all LoRA kernels for 64 rows of a step"
+    )
     sweep = verbs.add_parser("sweep", help="run a scenario over a grid of settings; the same command takes it up again")
     sweep.add_argument("scenario", help="a TOML file, or a shipped scenario (demo-servegen, demo-azure)")
     sweep.add_argument("--set", action="append", required=True, metavar="TABLE.KEY=V1,V2,…", help="values to try")
@@ -132,12 +135,15 @@ def _measured(args: argparse.Namespace) -> Profile:
                 )
         if args.bandwidth_gb_s is not None and not args.bandwidth_gb_s > 0:
             raise BackendError(f"--bandwidth-gb-s is {args.bandwidth_gb_s}, must be > 0")
+        if not 0 <= args.slot_tile_us < float("inf"):
+            raise BackendError(f"--slot-tile-us is {args.slot_tile_us}, must be finite and >= 0")
         return profile_from_steps(
             args.from_steps,
             args.hold_out,
             geometry=geometry,
             bandwidth_gb_s=args.bandwidth_gb_s,
             out=args.out,
+            slot_tile_us=args.slot_tile_us,
             **needed,
         )
     from backend.measure import measure_profile

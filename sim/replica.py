@@ -270,7 +270,7 @@ class Replica:
         in_slots = tuple([slots[i.state.adapter] if i.state.adapter != BASE else NO_SLOT for i in batch])
         samples = tuple([item.samples for item in batch])
         if not self.live:
-            return StepBatch(*lengths, in_slots, samples)
+            return StepBatch(*lengths, in_slots, samples, skipped=len(plan.skipped))
         tables = tuple([tuple(item.state.blocks) for item in batch])
         decodes = tuple([i.tokens == 1 and i.computed >= i.state.request.prompt_tokens for i in batch])
         return StepBatch(*lengths, in_slots, samples, tables, decodes)

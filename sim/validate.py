@@ -135,7 +135,7 @@ def validate(
     loop = _loop(trace, profile, config, blocks, rank, "blind")
     if run.steps is None:
         return Validation(trace.name, None, loop, None)
-    log = read_steps([run.steps], rank, "held_out")
+    log = read_steps([run.steps], rank, "held_out").assign(max_loras=run.max_loras)
     errors = step_errors(profile, log)
     table = by_composition(errors)
     if fit_host_s is not None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backend.base import EngineLimits
 from backend.geometry import load_geometry
-from backend.predictor import BOUNDED, TERMS, Predictor, Regime
+from backend.predictor import BOUNDED, HOST_TERMS, TERMS, Predictor, Regime
 from backend.profile import LoadCurve, Profile, load_profile, shipped_profiles
 from backend.replay import ReplayBackend
 from sim import compiled
@@ -96,8 +96,8 @@ def profile_of(w: dict) -> Profile:
         device = rng.random(len(knots) + 2 + len(TERMS)) * 1e-4
         bounds = {k: float(rng.integers(0, 200)) for k in BOUNDED[: rng.integers(0, len(BOUNDED))]}
         return Regime(
-            knots, lora_knots, tuple(device), tuple(rng.random(6) * 1e-4), dict.fromkeys(bounds, 0.0), bounds,
-            tuple(rng.random(6) * 1e-3) if launch else (), int(rng.choice([1, 32])),
+            knots, lora_knots, tuple(device), tuple(rng.random(HOST_TERMS) * 1e-4), dict.fromkeys(bounds, 0.0), bounds,
+            tuple(rng.random(HOST_TERMS) * 1e-3) if launch else (), int(rng.choice([1, 32])),
         )  # fmt: skip
 
     graphs = () if rng.random() < 0.3 else (1, 2, 4, 8)

@@ -18,6 +18,7 @@ from backend.from_steps import profile_from_steps
 from backend.geometry import load_geometry
 from backend.profile import Profile, load_profile, measured_steps
 from backend.step_logs import read_steps, read_table
+from benchmarks import slot_tiles
 from sim.cli import main
 
 GEOMETRY = load_geometry("llama-3.1-8b")
@@ -168,9 +169,42 @@ def test_the_shipped_vllm_profile_is_made_from_the_shared_tables(tmp_path: Path)
     logs = sorted((SHARED / "online").glob("*_steps.csv"))
     made = profile_from_steps(
         tables, logs, SHARED / "engine_ml32.json", geometry=GEOMETRY, rank=16, gpu_memory_gib=79.18,
-        bandwidth_gb_s=2443.0, out=tmp_path / "made",
+        bandwidth_gb_s=2443.0, out=tmp_path / "made", slot_tile_us=22.2,
     )  # fmt: skip
     shipped = load_profile("vllm-0.24-h100-llama-3.1-8b")
     assert made.accuracy["mape"] == pytest.approx(shipped.accuracy["mape"], rel=1e-6)
     assert made.accuracy["mape"] < 0.11
     assert read_table(tables[0])[0] == "decode"
+
+
+def test_tables_of_one_max_loras_predict_others(tmp_path: Path) -> None:
+    files = write_tables(tmp_path)
+    for file in files[:2]:
+        pd.read_csv(file).assign(max_loras=8).to_csv(file, index=False)
+    profile = profile_from_steps(
+        files, [], tmp_path / "engine.json", geometry=GEOMETRY, rank=16, gpu_memory_gib=80.0, bandwidth_gb_s=2500.0,
+        out=tmp_path / "grids", slot_tile_us=50.0,
+    )  # fmt: skip
+    batch = StepBatch((1,) * 64, (511,) * 64, tuple(i % 4 for i in range(64)), (True,) * 64)
+    seconds = {
+        slots: profile.predictor.predict(StepFeatures.of(batch, dict.fromkeys(range(4), 16), max_loras=slots))[0]
+        for slots in (4, 8, 32)
+    }
+    assert seconds[8] == pytest.approx(planted(64, 4)[1] / 1e3, rel=0.02)
+    assert seconds[8] - seconds[4] == pytest.approx(4 * 50e-6)
+    assert seconds[32] - seconds[8] == pytest.approx(24 * 50e-6)
+
+
+def test_a_slot_s_cost_follows_from_kernels_of_few_and_many_slots(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    count = slot_tiles.blocks(GEOMETRY)
+    rows = [
+        ("vllm", layer, tokens, 1, slots, 10.0 + 2e-3 * count[layer] * slots * -(-tokens // 64))
+        for layer in ("qkv", "gate_up") for tokens in (1, 256) for slots in (1, 16, 32, 64)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["impl", "layer", "T", "n_adapters", "max_loras", "median_us"])
+    assert slot_tiles.seconds_per_block(table, count) == pytest.approx(2e-9)
+    table.to_csv(tmp_path / "max_loras_sweep.csv", index=False)
+    assert slot_tiles.main(["--data", str(tmp_path)]) == 0
+    assert f"{2e-3 * sum(count.values()) * 32:.1f} us a slot" in capsys.readouterr().out

@@ -31,13 +31,13 @@ def test_accuracy_on_a_real_run_does_not_drop() -> None:
     result = validate(Run(REQUESTS, STEPS, 8), PROFILE, rank=16)
     assert result.steps is not None
     steps = result.steps.set_index("composition")
-    assert steps.loc["all", "mape"] < 0.065
-    assert steps.loc["all", "device_mape"] < 0.025
+    assert steps.loc["all", "mape"] < 0.085
+    assert steps.loc["all", "device_mape"] < 0.02
     loop = result.loop.set_index("metric")
     for metric, most in (
-        ("output_throughput", 0.03),
-        ("mean_tpot_ms", 0.06),
-        ("mean_ttft_ms", 0.10),
+        ("output_throughput", 0.02),
+        ("mean_tpot_ms", 0.03),
+        ("mean_ttft_ms", 0.13),
         ("activations", 0.1),
     ):
         assert abs(loop.loc[metric, "blind_error"]) < most, metric

@@ -167,7 +167,7 @@ class Engine {
         }
         plain = plain && plan.tokens == static_cast<Int>(plan.items.size()) && row.prefill_requests == 0;
         for (Int a : used_) sum_.adapter(lora_rows_[a], adapters_->rank[a]);
-        sum_.end(config.max_loras, after_prompts_);
+        sum_.end(config.max_loras, after_prompts_, static_cast<Int>(plan.skipped.size()));
         after_prompts_ = !sum_.f.decode_only;
         if (config.set_order)
             std::stable_sort(used_.begin(), used_.end(),

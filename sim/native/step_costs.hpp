@@ -13,11 +13,11 @@
 namespace replay {
 
 // Constants of backend/features.py and backend/base.py, handed over by Python.
-struct FeatureSizes { Int tile_rows, prefill_tile, decodes_at_once, split_decodes, tiles_at_once; };
+struct FeatureSizes { Int tile_rows, prefill_tile, decodes_at_once, split_decodes, tiles_at_once, grid_rows, wide_rows; };
 
 struct Features {
     Int rows = 0, requests = 0, decodes = 0, kv_tokens = 0, max_kv = 0, kv_tail = 0, prefill_keys = 0, prefill_tail = 0,
-        lora_tiles = 0, active_adapters = 0, rank_sum = 0, max_rank = 0, row_rank = 0, idle_slots = 0;
+        lora_tiles = 0, active_adapters = 0, rank_sum = 0, max_rank = 0, row_rank = 0, idle_slots = 0, skipped = 0;
     bool decode_only = false, after_prompts = false;
 };
 
@@ -51,13 +51,14 @@ class FeatureSum {
         f.max_rank = std::max(f.max_rank, rank);
         f.row_rank += rows * rank;
     }
-    void end(Int max_loras, bool after_prompts) {
+    void end(Int max_loras, bool after_prompts, Int skipped) {
         f.decodes = static_cast<Int>(keys_.size());
         f.kv_tail = tail(keys_, at_once(f.decodes), false);
         f.max_kv = keys_.empty() ? 0 : *std::max_element(keys_.begin(), keys_.end());
         f.prefill_tail = tail(tiles_, sizes_.tiles_at_once, true);
         f.decode_only = f.decodes == f.requests;
         f.after_prompts = after_prompts;
+        f.skipped = skipped;
         f.idle_slots = f.active_adapters ? std::max<Int>(0, max_loras - f.active_adapters) : 0;
     }
 
@@ -146,8 +147,11 @@ class StepCosts {
         if (f.active_adapters) hat(total, (size + r.lora_rows - 1) / r.lora_rows * r.lora_rows, r.lora_knots, c);
         c += r.lora_knots.size();
         const Int idle = f.decodes > sizes.split_decodes ? std::max<Int>(0, sizes.decodes_at_once - f.decodes) * f.max_kv : 0;
+        const Int slot_tiles = (f.idle_slots + f.active_adapters) * ((size + sizes.grid_rows - 1) / sizes.grid_rows);
+        const Int wide_adapters = size >= sizes.wide_rows ? f.active_adapters : 0;
+        const Int prompt_rows = f.active_adapters ? f.rows - f.decodes : 0;
         for (Int term : {f.kv_tokens, f.kv_tail + idle, f.prefill_keys, f.prefill_tail, f.requests, f.active_adapters,
-                         f.rank_sum, f.max_rank, f.lora_tiles, f.row_rank, f.idle_slots})
+                         f.rank_sum, f.max_rank, f.lora_tiles, f.row_rank, f.idle_slots, slot_tiles, wide_adapters, prompt_rows})
             total += *c++ * static_cast<double>(term);
         return total;
     }
@@ -160,6 +164,7 @@ class StepCosts {
         total += c[3] * static_cast<double>(f.requests);
         total += c[4] * static_cast<double>(f.active_adapters);
         total += c[5] * static_cast<double>(f.rows);
+        total += c[6] * static_cast<double>(f.skipped);
         return total;
     }
 
