@@ -16,7 +16,7 @@ from backend.geometry import load_geometry
 from backend.predictor import BOUNDED, HOST_TERMS, TERMS, Predictor, Regime
 from backend.profile import LoadCurve, Profile, load_profile, shipped_profiles
 from backend.replay import ReplayBackend
-from sim import compiled
+from sim import compiled_inputs
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import LivelockError
@@ -32,7 +32,7 @@ from sim.tables import RunTables
 from workloads.adapters import Catalogue
 from workloads.requests import PrefixTree, RequestTable
 
-pytestmark = pytest.mark.skipif(compiled._native is None, reason="built without a C++ compiler")
+pytestmark = pytest.mark.skipif(compiled_inputs._native is None, reason="built without a C++ compiler")
 
 WORLD = st.fixed_dictionaries(
     {
@@ -206,7 +206,7 @@ def test_without_the_compiled_loop_everything_goes_step_by_step(monkeypatch: pyt
     """As where no C++ compiler was when the package was built."""
     scenario = replace(load_scenario("demo-fleet"), horizon_s=30.0)
     compiled_tables, compiled_summary, _ = execute(scenario)
-    monkeypatch.setattr(compiled, "_native", None)
+    monkeypatch.setattr(compiled_inputs, "_native", None)
     tables, summary, _ = execute(scenario)
     assert summary == compiled_summary
     assert files(tables) == files(compiled_tables)

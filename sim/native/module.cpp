@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "engine.hpp"
+#include "repeat.hpp"
 
 namespace py = pybind11;
 using namespace replay;
@@ -122,6 +122,7 @@ PYBIND11_MODULE(_native, m) {
                       const std::vector<Int>&, const std::vector<Int>&, Int, double>())
         .def("add", &Engine::add)
         .def("advance", &Engine::advance)
+        .def("look", &Engine::look)
         .def("next_s", &Engine::next_s)
         .def("idle", &Engine::idle)
         .def_readonly("now_s", &Engine::now_s)
