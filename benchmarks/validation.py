@@ -122,7 +122,8 @@ that the memory model can judge: what each start did, and what was predicted (ac
 
 PREDICTED_RUNS = """What their clients saw: {made} of {clean} clean rows (ids in `sim/published_costs.json`) and the micro-measurements
 published beside them say what is known of these servers (`python -m benchmarks.published_runs --data DIR/real_vllm_runs --fit`).
-{runs} of the other {others} clean rows are simulated for their whole hour, {seeds} seeds each; the command makes them:
+{runs} of the other {others} clean rows are simulated for their whole hour, {seeds} seed(s) each: `python -m benchmarks.published_runs
+--data DIR/real_vllm_runs` (`--every N`: every N-th, `--seeds`); for runs of your own:
 
 ```
 multilora validate --runs runs_public.csv --lengths lengths_reconstructed.csv
@@ -142,11 +143,13 @@ DECISIONS = """Decisions read from the grids: for each load the best `max_loras`
 mean TTFT), and for each `max_loras` the most adapters whose mean TTFT is under a second, in steps of the grid.
 """
 
-MECHANISMS = """What it took, each seen in the data and in vLLM 0.8.5:
+MECHANISMS = """What it took. Each shows in the data; its cause is read from vLLM's source and its users' reports, not tried on a server. Costs were
+fitted to the training rows alone, but which terms there are was chosen with sight of the errors of others, too.
+
 
 - The clients drew all gaps between requests from one generator of a known seed in order of wake-up: made again, the requests of an
   hour are the real ones to some per mille.
-- The first request of an adapter loads a tokenizer in the API server, {first_use_ms:.0f} ms by the micro-measurements; while it does,
+- The first request of an adapter loads a tokenizer in the API server, {first_use_ms:.0f} ms by the micro-measurements (the pause between two lone requests); meanwhile
   nothing else passes. With 384 adapters the first minute's requests wait ten seconds: that is their P99 TTFT.
 - The clients read `/metrics` every two seconds. vLLM keeps a line for every pair of sets (running adapters, waiting adapters) that it
   ever saw, and writes them all: up to half a second in which no request and no token passes. Tokens of one request that wait
@@ -184,8 +187,11 @@ def strangers(data: Path, results: Path) -> str:
         for model, own in table.groupby("model"):
             parts += [f"{model}:\n", markdown(smape(own), shares) + "\n"]
         parts += [RESIDUALS, DECISIONS, markdown(decisions(table), shares) + "\n"]
-        if len(intervals := coverage(table)):
-            parts += [INTERVALS, markdown(intervals, shares) + "\n"]
+        parts.append(INTERVALS)
+        intervals = coverage(table)
+        parts.append(
+            (markdown(intervals, shares) if len(intervals) else "Not measured: the table has one seed.") + "\n"
+        )
         first_use = sum(one.front_end.first_use_s for one in known.values()) / len(known)
         parts.append(MECHANISMS.format(first_use_ms=1e3 * first_use))
     return "\n".join(parts)
