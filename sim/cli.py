@@ -1,15 +1,15 @@
-"""The command line: `multilora run | sweep | plan | curve | report | measure | validate | workload`."""
+"""The command line: `multilora run | sweep | plan | copies | effects | curve | report | measure | validate | workload`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
-from sim import curve_cli, plan_cli, validate_cli, workload_cli
 from sim.errors import ScenarioError
 from workloads.errors import WorkloadError
 
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from backend.profile import Profile
 
 
-def parser() -> argparse.ArgumentParser:
-    """The verbs and their flags."""
+ELSEWHERE = ("curve", "plan", "copies", "effects", "validate", "workload")
+"""Verbs with a module of their own, `sim/VERB_cli.py`, which is imported for them alone: start-up counts."""
+
+
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The verbs and their flags; with `only`, of those with a module of their own no other than that one."""
     top = argparse.ArgumentParser(prog="multilora", description="Plan multi-LoRA LLM serving on measured costs.")
     verbs = top.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="simulate a scenario and write a run directory")
@@ -26,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     run.add_argument("--profile", help="a shipped profile or a profile folder, instead of the scenario's")
     run.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
+    run.add_argument(
+        "--no-step-rows", action="store_true", help="keep no row a step and adapter move, only what they come to"
+    )
     run.add_argument("--out", type=Path, help="the run directory to make (default: a new one under runs/)")
     measure = verbs.add_parser("measure", help="measure step and load costs on a device and write a profile")
     measure.add_argument("--geometry", help="a shipped geometry or a Hugging Face config.json")
@@ -61,20 +68,28 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--executor", choices=("local", "ray"), default="local")
     sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")
-    curve_cli.add_verb(verbs)
-    report = verbs.add_parser("report", help="a run or a sweep as one HTML page; a run's timeline for Perfetto")
-    report.add_argument("directory", type=Path, help="a run directory, or that of a sweep")
-    plan_cli.add_verb(verbs)
-    validate_cli.add_verb(verbs)
-    workload_cli.add_verbs(verbs)
+    report = verbs.add_parser("report", help="a run, a sweep or a plan as one HTML page; a run's timeline for Perfetto")
+    report.add_argument("directory", type=Path, help="the directory of a run, a sweep, a plan or copies")
+    for verb in ELSEWHERE:
+        if only in (None, verb):
+            _module(verb).add_verb(verbs)
     return top
+
+
+def _module(verb: str) -> Any:
+    return import_module(f"sim.{verb}_cli")
 
 
 def _run(args: argparse.Namespace) -> None:
     from sim.run import run_scenario
 
     result = run_scenario(
-        args.scenario, backend=args.backend, profile=args.profile, out=args.out, duration_s=args.duration_s
+        args.scenario,
+        backend=args.backend,
+        profile=args.profile,
+        out=args.out,
+        duration_s=args.duration_s,
+        step_rows=False if args.no_step_rows else None,
     )
     for note in result.notes:
         print(f"note: {note}")
@@ -137,9 +152,16 @@ def _measured(args: argparse.Namespace) -> Profile:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from sim.report import report
+    import pandas as pd
 
-    for file in report(args.directory):
+    from sim.report import report
+    from sim.tenants import tenant_lines
+
+    files = report(args.directory)
+    for file in files:
+        if file.name == "tenants.parquet":
+            print("\n".join(tenant_lines(pd.read_parquet(file))))
+    for file in files:
         print(file)
 
 
@@ -163,9 +185,11 @@ def _sweep(args: argparse.Namespace) -> None:
     print(results[shown].to_string(index=False, float_format=lambda v: f"{v:.3g}" if v < 10 else f"{v:.0f}"))
     for message in results["error"].dropna().unique():
         print(f"refused: {message}")
+    caption = sweep_caption(results, Path(args.scenario).stem, list(sets))
+    print(caption)
     for sentence in verdicts(results, list(sets), load_scenario(args.scenario).slo):
         print(sentence)
-    sweep_figures(results, list(sets), sweep_caption(results, Path(args.scenario).stem), args.out)
+    sweep_figures(results, list(sets), caption, args.out)
     print(args.out)
 
 
@@ -213,20 +237,19 @@ def table(summary: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+HERE = {"run": _run, "measure": _measure, "sweep": _sweep, "report": _report}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0, or 2 after one sentence on standard error."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    known = words and words[0] in (*HERE, *ELSEWHERE)
+    args = parser(words[0] if known else None).parse_args(words)
     try:
-        {
-            "run": _run,
-            "measure": _measure,
-            "sweep": _sweep,
-            "curve": curve_cli.run,
-            "report": _report,
-            "plan": plan_cli.run,
-            "validate": validate_cli.run,
-            "workload": workload_cli.run,
-        }[args.verb](args)
+        if args.verb in HERE:
+            HERE[args.verb](args)
+        else:
+            _module(args.verb).run(args)
     except (ScenarioError, WorkloadError, BackendError) as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Engines whose inner loop is compiled (`sim/native`): the same decisions and the same bits, some hundred times faster.
+"""Engines whose inner loop is compiled (`sim/native`): the same decisions and the same bits, sooner.
 
 Between two events of the simulation an engine of the replay is arithmetic. It keeps a clock of its own and catches up with
 SimPy's whenever somebody looks at it or sends it a request.
@@ -10,26 +10,15 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import numpy as np
 import pandas as pd
 import simpy
 
-from backend.base import TILE_ROWS, AdapterShape, Backend
-from backend.features import DECODES_AT_ONCE, PREFILL_TILE, SPLIT_DECODES, TILES_AT_ONCE
-from backend.predictor import BOUNDED, GRID_ROWS, WIDE_ROWS, Predictor
-from sim.config import EngineConfig
+from sim.compiled_inputs import Shared, _native
 from sim.errors import AdapterError, IntegrityError
 from sim.integrity import livelock
 from sim.tables import STATUSES, AdapterUse, MoveRow, StepRow, StepTotals, row_frame
-from workloads.adapters import Catalogue
-from workloads.requests import RequestTable
-
-try:
-    from sim import _native  # type: ignore[attr-defined]
-except ImportError:  # built without a C++ compiler: everything works, step by step
-    _native = None
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -40,17 +29,6 @@ ROWS_AT_ONCE = 1 << 16
 
 Rows = Callable[[pd.DataFrame, pd.DataFrame], None]
 """Takes step rows and moves as they come."""
-
-
-def supports(config: EngineConfig, backend: Backend) -> bool:
-    """Whether the compiled loop knows the engine's policies and the backend's costs; else an engine goes step by step."""
-    return (
-        _native is not None
-        and getattr(backend, "step_costs", None) is not None
-        and config.scheduling_policy in ("fcfs", "priority")
-        and config.lora_eviction_policy == "lru"
-        and config.lora_loading == "blocking"
-    )
 
 
 @dataclass(slots=True)
@@ -95,58 +73,6 @@ class CompiledState:
     @property
     def skips(self) -> int:
         return self.earlier[1] + self._facts()[4]
-
-
-class Shared:
-    """What the engines of one simulation have in common, in the compiled loop's own form; none plays beyond `stop_s`."""
-
-    def __init__(self, requests: RequestTable, catalogue: Catalogue, config: EngineConfig, backend: Backend) -> None:
-        tree = requests.tree
-        self.requests = _native.Requests(
-            requests.arrival_s, requests.prompt_tokens,
-            np.minimum(requests.output_tokens, config.max_model_len - requests.prompt_tokens), requests.adapter,
-            requests.priority, requests.prefix_id, requests.prefix_tokens, [] if tree is None else tree.parent,
-            [] if tree is None else tree.end_tokens, tree is not None,
-        )  # fmt: skip
-        self.adapters = _adapters(catalogue, backend)
-        self.costs = _costs(*backend.step_costs)  # type: ignore[attr-defined]
-        self.config = _config(config, backend)
-        self.stop_s = float("inf")
-
-
-def _config(config: EngineConfig, backend: Backend) -> Any:
-    out = _native.Config()
-    for name in (
-        "max_loras", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "long_prefill_token_threshold", "watermark",
-        "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "scheduler_reserve_full_isl",
-    ):  # fmt: skip
-        setattr(out, name, getattr(config, name))
-    capacity = backend.capacity()
-    out.block_size, out.num_gpu_blocks = capacity.block_size, capacity.num_gpu_blocks
-    out.max_cpu_loras = config.host_loras
-    out.priority = config.scheduling_policy == "priority"
-    out.set_order = config.lora_order == "set"
-    return out
-
-
-def _adapters(catalogue: Catalogue, backend: Backend) -> Any:
-    shapes = [AdapterShape(a.adapter_id, a.rank, a.target_modules, a.folder, a.scaling) for a in catalogue]
-    return _native.Adapters(
-        [0, *(a.rank for a in catalogue)],
-        [0, *(crc32(str(a.adapter_id).encode()) for a in catalogue)],
-        [0.0, *(backend.stage(shape).elapsed_s for shape in shapes)],
-        [0.0, *(backend.load(shape, 0).elapsed_s for shape in shapes)],
-    )
-
-
-def _costs(predictor: Predictor, factor: float) -> Any:
-    sizes = (TILE_ROWS, PREFILL_TILE, DECODES_AT_ONCE, SPLIT_DECODES, TILES_AT_ONCE, GRID_ROWS, WIDE_ROWS)
-    out = _native.StepCosts(predictor.graph_sizes, sizes, factor)
-    for name, r in predictor.regimes.items():
-        low = [r.low.get(key, -np.inf) for key in BOUNDED]
-        high = [r.high.get(key, np.inf) for key in BOUNDED]
-        out.regime(name, r.knots, r.lora_knots, r.device, r.host, r.launch, low, high, r.lora_rows)
-    return out
 
 
 class CompiledReplica:
@@ -223,12 +149,8 @@ class CompiledReplica:
         try:
             while self._core.advance(until_s, last):
                 self._take_rows()
-        except _native.NativeIntegrityError as error:
-            raise IntegrityError(str(error)) from error
-        except _native.NativeLivelockError as error:
-            raise livelock(int(str(error))) from error
-        except _native.NativeAdapterError as error:
-            raise AdapterError(str(error)) from error
+        except _ERRORS as error:
+            raise _told(error) from error
 
     def _take_rows(self) -> None:
         taken = self._core.rows(), self._core.moves()
@@ -260,8 +182,15 @@ class CompiledReplica:
 
     @property
     def outstanding(self) -> int:
-        self.catch_up()
-        return int(self._core.waiting()) + int(self._core.running())
+        if self._dead:
+            return int(self._core.waiting()) + int(self._core.running())
+        self._seen_s = self.env.now
+        try:
+            while (count := self._core.look(self._seen_s)) < 0:
+                self._take_rows()
+        except _ERRORS as error:
+            raise _told(error) from error
+        return int(count)
 
     @property
     def kv_usage(self) -> float:
@@ -314,6 +243,18 @@ class CompiledReplica:
         parts = [*self._kept, (self._core.rows(), self._core.moves())]
         steps, moves = (np.concatenate(column) for column in zip(*parts, strict=True))
         return step_frame(steps), move_frame(moves)
+
+
+_ERRORS: tuple[type[Exception], ...] = (
+    () if _native is None else (_native.NativeIntegrityError, _native.NativeLivelockError, _native.NativeAdapterError)
+)
+
+
+def _told(error: Exception) -> Exception:
+    """An error of the compiled loop as one of `sim.errors`."""
+    if isinstance(error, _native.NativeLivelockError):
+        return livelock(int(str(error)))
+    return IntegrityError(str(error)) if isinstance(error, _native.NativeIntegrityError) else AdapterError(str(error))
 
 
 def step_frame(rows: np.ndarray[Any, Any]) -> pd.DataFrame:

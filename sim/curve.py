@@ -45,7 +45,7 @@ def curve(
     """One row per profile, batch, rank and number of distinct adapters up to the batch.
 
     `step_ms` = `base_ms` + `attention_ms` + `lora_ms` + `host_ms`; `padded_step_ms`: the same with every adapter padded to
-    `max_lora_rank`; `copies_ms`: a token for every request from full copies, one copy after the other; `floor_ms`:
+    `max_lora_rank` (empty where the profile knows one rank only); `copies_ms`: a token for every request from full copies, one copy after the other; `floor_ms`:
     `floor_bytes` at `bandwidth_gb_s`; `gpu_s_per_mtok`, `copies_gpu_s_per_mtok`: GPU seconds per million output tokens of
     the deltas, and of full copies; `usd_per_mtok`, `copies_usd_per_mtok` at `gpu_hour_usd`; `extrapolated`: outside what
     the profile measured. Columns without their input are empty.
@@ -93,7 +93,12 @@ class _Point:
         features = decode_features(self.batch, self.adapters, self.rank, self.context)
         device, host, outside = self.profile.predictor.predict(features)
         parts = self.profile.predictor.parts(features)
-        padded = None if max_lora_rank is None else 1e3 * self.step_s(self.batch, self.adapters, max_lora_rank)
+        # A profile made of another engine's logs knows one rank, and nothing of what others would cost.
+        known = self.profile.meta.get("rank")
+        padded = None
+        if max_lora_rank is not None and known in (None, max_lora_rank):
+            padded = 1e3 * self.step_s(self.batch, self.adapters, max_lora_rank)
+        outside |= self.adapters > 0 and known not in (None, self.rank)
         floor = floor_bytes(self.geometry, self.batch, self.adapters, self.rank, self.context)
         row: dict[str, object] = {
             "batch": self.batch, "rank": self.rank, "adapters": self.adapters, "context": self.context,
@@ -176,3 +181,28 @@ def shape(adapters: FloatArray, step_ms: FloatArray) -> Shape:
             best = Shape(plateau - float(step_ms[0]), float(knee), slope, error)
     assert best is not None
     return best
+
+
+def described(group: pd.DataFrame, points: pd.DataFrame | None) -> str:
+    """One curve's `shape` in words, with its error and how far `points`, the measured ones, lie from the curve at most."""
+    if len(group) < 3:
+        return ""
+    x, y = group["adapters"].to_numpy(float), group["step_ms"].to_numpy(float)
+    s = shape(x, y)
+    text = (
+        f"step {s.step_ms:.2f} ms, plateau to {s.knee:g}, then {1e3 * s.slope_ms:.0f} µs an adapter (fit ±{s.error:.1%}"
+    )
+    if points is not None and len(points):
+        off = np.abs(np.interp(points["adapters"], x, y) / points["step_ms"] - 1).max()
+        text += f"; measured points within {off:.1%}"
+    return f"{text})"
+
+
+def break_even(group: pd.DataFrame) -> str:
+    """From which number of adapters on, of those in the curve, base plus N deltas cost less than N full copies."""
+    cheaper = (group["gpu_s_per_mtok"] < group["copies_gpu_s_per_mtok"]).to_numpy()
+    dearer = group["adapters"].to_numpy()[~cheaper]
+    after = group["adapters"][group["adapters"] > (dearer.max() if len(dearer) else -1)]
+    if after.empty:
+        return "not cheaper than N full copies"
+    return f"cheaper than N full copies from N = {after.iloc[0]} on"

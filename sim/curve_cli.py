@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure or look up, draw, print. Raises `ScenarioError` or `BackendError`; then nothing is left."""
     import pandas as pd
 
+    from sim.curve import break_even, described
+
     out = run_dir.choose("curve", args.out)
     _check(args)
     notes: list[str] = []
@@ -53,9 +55,14 @@ def run(args: argparse.Namespace) -> None:
         tables.append(points_curve(measured, f"live, {args.backend}", gpu_hour_usd=args.gpu_hour_usd))
         notes.append(describe(measured))
     table = pd.concat(tables, ignore_index=True)
-    _publish(args, out, table, "; ".join(notes), measured)
+    points = _measured_points(args)
+    _publish(out, table, points, "; ".join(notes), measured)
     shown = table.drop(columns=["context"]).dropna(axis=1, how="all")
     print(shown.to_string(index=False, na_rep="–", float_format=lambda v: f"{v:.3g}" if v < 100 else f"{v:.0f}"))
+    for _, group in table.groupby(["profile", "batch", "rank"], sort=False):
+        name, batch, rank = (group[column].iloc[0] for column in ("profile", "batch", "rank"))
+        said = described(group, points.get((name, batch, rank)))
+        print(f"{name}, {batch} requests, rank {rank}: {said}{', ' if said else ''}{break_even(group)}")
     print(out)
 
 
@@ -113,14 +120,23 @@ def _live(args: argparse.Namespace) -> pd.DataFrame:
     )
 
 
-def _publish(
-    args: argparse.Namespace, out: Path, table: pd.DataFrame, note: str, measured: pd.DataFrame | None
-) -> None:
+def _measured_points(args: argparse.Namespace) -> dict[tuple[str, int, int], pd.DataFrame]:
+    """The profiles' own measurements by (profile, batch, rank)."""
     from sim.curve import measured_points
-    from sim.curve_plots import curve_figure
 
     keys = [(name, b, r) for name in args.profile for b in args.batch or BATCHES for r in args.rank or RANKS]
-    points = {key: measured_points(*key, args.context) for key in keys}
+    return {key: measured_points(*key, args.context) for key in keys}
+
+
+def _publish(
+    out: Path,
+    table: pd.DataFrame,
+    points: dict[tuple[str, int, int], pd.DataFrame],
+    note: str,
+    measured: pd.DataFrame | None,
+) -> None:
+    from sim.curve_plots import curve_figure
+
     contexts = "/".join(str(c) for c in sorted(table["context"].unique()))
 
     def fill(folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from sim.curve import FloatArray, shape
-from sim.plots import BLUE, GREEN, ORANGE
+from sim.curve import FloatArray, described
+from sim.panels import BLUE, GREEN, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,9 @@ def curve_figure(
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    groups = list(table.groupby(["profile", "batch", "rank"], sort=False))[:MOST_PANELS]
+    every = list(table.groupby(["profile", "batch", "rank"], sort=False))
+    groups = every[:MOST_PANELS]
+    caption += f"; {len(every) - MOST_PANELS} more curves in curve.parquet" if len(every) > MOST_PANELS else ""
     figure, axes = plt.subplots(
         2, len(groups), figsize=(4.8 * len(groups), 8.5), constrained_layout=True, squeeze=False, sharey="row"
     )
@@ -59,8 +61,10 @@ def curve_figure(
     top = 1.4 * float(table["step_ms"].max())
     for column, (_, group) in enumerate(groups):
         profile, batch, rank = str(group["profile"].iloc[0]), int(group["batch"].iloc[0]), int(group["rank"].iloc[0])
-        _step_panel(axes[0, column], group, points.get((profile, batch, rank)), top)
-        axes[0, column].set_title(f"{profile}\n{batch} requests, rank {rank}", fontsize=9)
+        measured = points.get((profile, batch, rank))
+        _step_panel(axes[0, column], group, measured, top)
+        said = described(group, measured).replace(" (fit", "\n(fit")
+        axes[0, column].set_title(f"{profile}\n{batch} requests, rank {rank}\n{said}", fontsize=9)
         _price_panel(axes[1, column], group)
     handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 + len(groups), fontsize=8)
@@ -92,12 +96,6 @@ def _step_panel(axis: Axes, group: pd.DataFrame, points: pd.DataFrame | None, to
         axis.axvspan(float(outside.min()), 2 * x[-1], color="black", alpha=0.07, label="outside what was measured")
     if points is not None and len(points):
         axis.plot(points["adapters"], points["step_ms"], "o", color="black", markersize=4, label="measured")
-    if len(x) >= 3:
-        s = shape(x, group["step_ms"].to_numpy())
-        text = f"step {s.step_ms:.2f} ms, plateau to {s.knee:g},\nslope {1e3 * s.slope_ms:.0f} µs an adapter (±{s.error:.1%})"
-        axis.text(
-            0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=7, bbox={"color": "white", "alpha": 0.8}
-        )
     axis.set(xlabel="distinct adapters in the batch", ylabel="decode step (ms)", ylim=(0, top))
     _powers(axis, x)
     axis.grid(visible=True, alpha=0.3)
@@ -111,10 +109,15 @@ def _price_panel(axis: Axes, group: pd.DataFrame) -> None:
         if _there(group, column):
             axis.plot(x, group[column], color=colour, marker=marker, linestyle=style, markersize=4, label=label)
     axis.set(
-        xlabel="distinct adapters", ylabel=f"{'USD' if usd else 'GPU seconds'} per million output tokens", yscale="log"
+        xlabel="distinct adapters in the batch",
+        ylabel=f"{'USD' if usd else 'GPU seconds'} per million output tokens",
+        yscale="log",
     )
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.tick_params(axis="y", which="both", labelsize=8)
     _powers(axis, x)
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=8, frameon=False)
     axis.grid(visible=True, alpha=0.3)
 
 

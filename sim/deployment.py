@@ -18,18 +18,25 @@ from backend.replay import ReplayBackend
 from sim.config import EngineConfig
 from sim.fleet import Fleet
 from sim.fleet_config import FleetConfig, FleetEvent
+from sim.fleet_tables import uses_of
 from sim.slo import FloatArray, Promise, Watch, attained, keeps, times_s, values_of
+from sim.swapping import Swap, SwappedModels, blocks_without_lora
 from sim.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """`replicas` engines of one kind behind a router."""
+    """`replicas` engines of one kind behind a router.
+
+    Without `lora` they have no slots, and no request may name an adapter; with `swap` adapters are whole merged models.
+    """
 
     geometry: str
     profile: str
     engine: EngineConfig
     fleet: FleetConfig
+    lora: bool = True
+    swap: Swap | None = None
 
     @property
     def replicas(self) -> int:
@@ -93,8 +100,11 @@ class WhatIf:
 
 
 @lru_cache(maxsize=256)
-def _parts(geometry: str, profile: str, limits: EngineLimits) -> tuple[Profile, ModelGeometry, int]:
+def _parts(geometry: str, profile: str, limits: EngineLimits, models: int) -> tuple[Profile, ModelGeometry, int]:
+    """`models`: whole models beside each other on an engine without LoRA; 0: an engine with LoRA."""
     shapes, loaded = load_geometry(geometry), load_profile(profile)
+    if models:
+        return loaded, shapes, blocks_without_lora(shapes, limits, loaded.gpu_bytes, models)
     return loaded, shapes, memory_plan(shapes, limits, loaded.gpu_bytes).num_gpu_blocks
 
 
@@ -102,8 +112,11 @@ def open_replica(deployment: Deployment, relief: Relief = NO_RELIEF) -> Backend:
     """A backend for one replica. Raises `BackendError` for a model that does not fit."""
     from sim.run import limits_of
 
-    limits = limits_of(deployment.engine)
-    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits)
+    limits, swap = limits_of(deployment.engine), deployment.swap
+    models = swap.resident if swap is not None else int(not deployment.lora)
+    profile, shapes, blocks = _parts(deployment.geometry, deployment.profile, limits, models)
+    if swap is not None:
+        return SwappedModels(profile, shapes, limits, blocks, swap)
     if relief.max_loras is not None:  # more slots, at no cost in KV blocks
         limits = replace(limits, max_loras=relief.max_loras)
     inner = ReplayBackend(profile, shapes, limits, blocks)
@@ -126,6 +139,28 @@ class Trial:
     facts: dict[str, float]
 
 
+def play(
+    deployment: Deployment,
+    traffic: Traffic,
+    *,
+    relief: Relief = NO_RELIEF,
+    events: tuple[FleetEvent, ...] = (),
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> Fleet:
+    """The fleet after it has served `traffic`, or after `watch` stopped it. Raises what `Fleet` raises for what cannot be served."""
+    engine = deployment.engine
+    if relief.max_loras is not None:
+        host = max(relief.max_loras, engine.host_loras)
+        engine = replace(engine, max_loras=relief.max_loras, max_cpu_loras=host)
+    fleet = Fleet(
+        traffic.requests, traffic.catalogue, engine, lambda: open_replica(deployment, relief),
+        replace(deployment.fleet, events=events), pinned=traffic.pinned, seed=seed, step_rows=False,
+    )  # fmt: skip
+    fleet.run(watch=watch)
+    return fleet
+
+
 def attempt(
     deployment: Deployment,
     traffic: Sequence[Traffic],
@@ -141,20 +176,14 @@ def attempt(
     `to_the_end`: do not stop when the promise is broken. Raises what `Fleet` raises for what cannot be served.
     """
     watch = Watch(promise, [n for t in traffic for n in t.requests.output_tokens.tolist()])
-    engine = deployment.engine
-    if relief.max_loras is not None:
-        host = max(relief.max_loras, engine.host_loras)
-        engine = replace(engine, max_loras=relief.max_loras, max_cpu_loras=host)
     runs: list[Fleet] = []
     for seed, seeded in enumerate(traffic):
-        faster = seeded.faster(factor)
-        fleet = Fleet(
-            faster.requests, seeded.catalogue, engine, lambda: open_replica(deployment, relief),
-            replace(deployment.fleet, events=events), pinned=seeded.pinned, seed=seed, step_rows=False,
+        watch.next_run()
+        fleet = play(
+            deployment, seeded.faster(factor), relief=relief, events=events, seed=seed,
+            watch=None if to_the_end else watch,
         )  # fmt: skip
         runs.append(fleet)
-        watch.next_run()
-        fleet.run(watch=None if to_the_end else watch)
         if not (to_the_end or fleet.settled):
             break
     times = [times_s(fleet.tickets) for fleet in runs]
@@ -179,9 +208,16 @@ def _facts(runs: Sequence[Fleet], times: dict[str, FloatArray]) -> dict[str, flo
         "skipped_share": sum(state.skips > 0 for state in states) / max(1, len(states)),
         "preemptions": float(sum(state.preemptions for state in states)),
         "max_kv_usage": max((engine.max_usage for engine in totals), default=0.0),
+        "homes": _homes(runs),
         "stages": float(sum(engine.stages for engine in totals)),
         "extrapolated_share": sum(engine.extrapolated for engine in totals) / max(1, steps),
     }
+
+
+def _homes(runs: Sequence[Fleet]) -> float:
+    """How many replicas loaded an adapter, mean over the adapters that were used at all; 0 without adapters."""
+    homes = [count for fleet in runs for count in uses_of(fleet)[1].values()]
+    return float(np.mean(homes)) if homes else 0.0
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

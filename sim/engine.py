@@ -8,7 +8,8 @@ import numpy as np
 import simpy
 
 from backend.base import Backend
-from sim.compiled import ROWS_AT_ONCE, CompiledReplica, Rows, Shared, supports
+from sim.compiled import ROWS_AT_ONCE, CompiledReplica, Rows
+from sim.compiled_inputs import Shared, supports
 from sim.config import EngineConfig
 from sim.errors import ScenarioError
 from sim.replica import Process, Replica

@@ -9,7 +9,8 @@ import simpy
 
 from backend.base import Backend
 from sim.autoscaling import Steady, wanted
-from sim.compiled import CompiledReplica, CompiledState, Shared, supports
+from sim.compiled import CompiledReplica, CompiledState
+from sim.compiled_inputs import Shared, supports
 from sim.config import EngineConfig
 from sim.engine import limit, refuse_impossible
 from sim.errors import ScenarioError

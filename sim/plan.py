@@ -12,42 +12,25 @@ import numpy as np
 
 from backend.errors import BackendError
 from backend.profile import load_profile
-from sim.deployment import Deployment, Trial, attempt
+from sim.deployment import Trial, attempt
 from sim.errors import ScenarioError
-from sim.fleet_config import FleetConfig
 from sim.plan_checks import binds_of, headroom_of, rate_of
-from sim.plan_search import Candidate, Found, Judge, Part, improve, search, with_router
+from sim.plan_grid import Grid, candidates_of, prices_of
+from sim.plan_search import Candidate, Found, Judge, Part, improve, search
 from sim.scenario import Scenario
 from sim.slo import Promise
 from sim.traffic import Traffic, keep_ranks, traffic_of
 from workloads.adapters import Catalogue
 
-ROUTES = (
-    ("least_outstanding", "everywhere"),
-    ("adapter_affinity", "everywhere"),
-    ("bounded_hashing", "everywhere"),
-    ("gateway_scorers", "everywhere"),
-    ("least_outstanding", "packed"),
-    ("least_outstanding", "hot_copies"),
-)
-"""Router and placement, where there is more than one replica."""
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256)
-"""Values that vLLM's `--max-lora-rank` takes."""
-
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """What a plan chooses from; empty: by the scenario."""
+class Runner:
+    """The plan with one thing changed in one part: what, the cost per hour of the whole, that part's trial, its P99 TTFT in all."""
 
-    profiles: tuple[str, ...] = ()
-    max_loras: tuple[int, ...] = ()
-    max_cpu_loras: tuple[int, ...] = ()
-    splits: tuple[int, ...] | None = None
-    routes: tuple[tuple[str, str], ...] = ROUTES
-    most_replicas: int = 64
-    seeds: int = 3
-    jobs: int = 2
+    change: str
+    cost: float
+    trial: Trial
+    p99_ttft_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +44,7 @@ class Plan:
     rates: list[tuple[float, float]]
     headroom: dict[str, bool | None]
     binds: dict[str, float]
-    runners: list[tuple[str, float, Trial]]
+    runners: list[Runner]
     tried: int
     seconds: float
     notes: list[str] = field(default_factory=list)
@@ -70,38 +53,6 @@ class Plan:
     def cost(self) -> float:
         """Per hour: USD where prices are given, else GPUs."""
         return sum(part.found.cost for part in self.parts)
-
-
-def candidates_of(scenario: Scenario, traffic: Traffic, grid: Grid, prices: dict[str, float]) -> list[Candidate]:
-    """Every engine and route of the grid that fits the traffic's ranks; cheap GPUs first, then what usually wins."""
-    top = max((a.rank for a in traffic.catalogue), default=8)
-    rank = next((r for r in VLLM_RANKS if r >= top), top)
-    count = max(1, len(traffic.catalogue))
-    slots = grid.max_loras or tuple(n for n in (4, 8, 16, 32, 64, 128) if n < 2 * count)
-    out = []
-    for profile in sorted(prices, key=lambda p: prices[p]):
-        for router, placement in grid.routes:
-            for max_loras in sorted(slots, key=lambda n: (abs(math.log2(n / 32)), n)):
-                for host in _hosts(scenario, grid, max_loras, count):
-                    engine = replace(scenario.engine, max_loras=max_loras, max_cpu_loras=host, max_lora_rank=rank)
-                    deployment = Deployment(scenario.geometry, profile, engine, FleetConfig())
-                    out.append(Candidate(with_router(deployment, router, placement), prices[profile]))
-    return out
-
-
-def _hosts(scenario: Scenario, grid: Grid, max_loras: int, count: int) -> list[int]:
-    """`max_cpu_loras` to try: those given, else the scenario's and room for all adapters."""
-    given = grid.max_cpu_loras or (scenario.engine.max_cpu_loras or 0, count)
-    return sorted({max(max_loras, n) for n in given if n} or {max_loras}, reverse=True)
-
-
-def prices_of(scenario: Scenario, profiles: Sequence[str]) -> tuple[dict[str, float], bool]:
-    """Price per hour of each profile's GPU, and whether it is in USD: without any price a GPU hour counts 1."""
-    given = {profile: scenario.cost.of(profile) for profile in profiles}
-    missing = [profile for profile, price in given.items() if price is None]
-    if missing and len(profiles) > 1:
-        raise ScenarioError(f"cost.gpu_hour_usd: needs a price for {missing[0]}, to compare {len(profiles)} GPU kinds")
-    return {profile: price or 1.0 for profile, price in given.items()}, not missing
 
 
 def plan(scenario: Scenario, promise: Promise, grid: Grid) -> Plan:
@@ -126,8 +77,8 @@ def plan(scenario: Scenario, promise: Promise, grid: Grid) -> Plan:
                 f"no deployment of the grid keeps {promise} with up to {grid.most_replicas} replicas"
                 f" ({searcher.tried} trials); loosen the promise, allow more replicas or another GPU"
             )
-        runners = searcher.runners(parts)
         trials = [attempt(part.found.deployment, part.traffic, promise) for part in parts]
+        runners = searcher.runners(parts, trials)
         rates = [rate_of(part, promise, pool) for part in parts]
         headroom = headroom_of(parts, promise, pool)
         binds = binds_of(parts, promise, rates, pool)
@@ -145,7 +96,7 @@ def _notes(scenario: Scenario, traffic: Sequence[Traffic]) -> list[str]:
         what = "nothing of this workload" if same else "only the adapters, not the arrivals,"
         notes.append(f"{what} depends on the seed: intervals say less than they seem to")
     if scenario.engine.max_cpu_loras is None:
-        notes.append("host memory is taken to be free: max_cpu_loras has room for all adapters")
+        notes.append("host memory is taken to be free: max_cpu_loras may have room for all adapters")
     return notes
 
 
@@ -216,19 +167,34 @@ class Searcher:
             self.grid.most_replicas if room == math.inf else min(self.grid.most_replicas, int(room / candidate.price))
         )
 
-    def runners(self, parts: tuple[Part, ...]) -> list[tuple[str, float, Trial]]:
-        """The plan with one thing changed at a time, each with as few replicas as keep the promise, or as many as it has."""
+    def runners(self, parts: tuple[Part, ...], trials: Sequence[Trial]) -> list[Runner]:
+        """The plan with one thing changed at a time: what keeps the promise first, then by cost."""
         out = []
-        for part in parts:
+        for i, part in enumerate(parts):
             prefix = f"{part.name}: " if len(parts) > 1 else ""
-            changed = list(self._neighbours(part))
-            found = self.pool(
-                joblib.delayed(_neighbour)(c, part.found.replicas, part.traffic, self.promise) for _, c in changed
-            )
-            out += [(prefix + name, *answer) for (name, _), answer in zip(changed, found, strict=True) if answer]
-        return sorted(out, key=lambda row: (not row[2].kept, row[1], -row[2].attained))
+            others = [n for n in range(len(parts)) if n != i]
+            cost = sum(parts[n].found.cost for n in others)
+            slowest = max((trials[n].facts["p99_ttft_s"] for n in others), default=0.0)
+            changed = [*self._neighbours(part), *self._more_or_fewer(part)]
+            found = self.pool(joblib.delayed(_neighbour)(c, n, part.traffic, self.promise) for _, c, n in changed)
+            for (name, _, _), answer in zip(changed, found, strict=True):
+                if answer is not None:
+                    own, trial = answer
+                    ttft = max(slowest, trial.facts["p99_ttft_s"])
+                    out.append(Runner(prefix + name, cost + own, trial, ttft))
+        return sorted(out, key=lambda r: (not r.trial.kept, r.cost, -r.trial.attained))
 
-    def _neighbours(self, part: Part) -> Iterator[tuple[str, Candidate]]:
+    def _more_or_fewer(self, part: Part) -> Iterator[tuple[str, Candidate, int]]:
+        """The plan's engines with other numbers of replicas, on each kind of GPU."""
+        own, now = part.found.candidate, part.found.replicas
+        for profile, price in self.prices.items():
+            there = profile == own.deployment.profile
+            counts = {max(1, now // 2), now - 1, now + 1, 2 * now} - {0, now}
+            for count in sorted(n for n in counts if n <= self.grid.most_replicas):
+                name = f"replicas {count}" if there else f"GPU {profile}, replicas {count}"
+                yield name, Candidate(replace(own.deployment, profile=profile), price), count
+
+    def _neighbours(self, part: Part) -> Iterator[tuple[str, Candidate, int]]:
         own = part.found.candidate
         seen = {own.deployment}
         engine = own.deployment.engine
@@ -248,7 +214,7 @@ class Searcher:
                 and (part.found.replicas > 1 or not changes[0].startswith(("ro", "pl")))
             ):
                 seen.add(d)
-                yield changes[0], other
+                yield changes[0], other, part.found.replicas
 
 
 def _same_alone(candidate: Candidate, best: Found, grid: Grid) -> bool:

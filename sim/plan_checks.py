@@ -15,8 +15,8 @@ from sim.fleet_config import FleetEvent
 from sim.plan_search import Found, Part, sustainable
 from sim.slo import Promise
 from sim.traffic import Traffic
-from workloads.adapters import Adapter, Catalogue
-from workloads.requests import BASE, RequestTable
+from workloads.adapters import Catalogue
+from workloads.requests import RequestTable
 
 
 def rate_of(part: Part, promise: Promise, pool: joblib.Parallel) -> tuple[float, float]:
@@ -30,18 +30,20 @@ def _seed_rate(found: Found, traffic: Traffic, promise: Promise) -> float:
     return factor * traffic.rate_rps
 
 
-def twice_the_adapters(traffic: Traffic, seed: int) -> Traffic:
-    """Each adapter gets a twin of its rank, and its requests go to either alike: the same requests, more adapters."""
+def more_adapters(traffic: Traffic, times: float, seed: int) -> Traffic:
+    """`times` (1 to 2) as many adapters: that part of them, drawn by lot, gets a twin of its rank, and its requests go to
+    either alike. The requests are the same.
+    """
     n = len(traffic.catalogue)
-    adapters = tuple(
-        Adapter(i + 1, f"{a.name}{'-twin' if i >= n else ''}", a.rank, a.target_modules)
-        for i, a in enumerate((*traffic.catalogue, *traffic.catalogue))
-    )
+    rng = np.random.default_rng(seed)
+    doubled = np.sort(rng.permutation(n)[: round((times - 1) * n)]) + 1
+    twins = [replace(traffic.catalogue[a], name=f"{traffic.catalogue[a].name}-twin") for a in doubled.tolist()]
+    adapters = tuple(replace(a, adapter_id=i) for i, a in enumerate((*traffic.catalogue, *twins), start=1))
+    twin_of = np.arange(n + 1)
+    twin_of[doubled] = n + 1 + np.arange(len(doubled))
     requests: RequestTable = traffic.requests
-    twin = (np.random.default_rng(seed).random(len(requests)) < 0.5) & (requests.adapter != BASE)
-    return replace(
-        traffic, requests=replace(requests, adapter=requests.adapter + n * twin), catalogue=Catalogue(adapters)
-    )
+    adapter = np.where(rng.random(len(requests)) < 0.5, twin_of[requests.adapter], requests.adapter)
+    return replace(traffic, requests=replace(requests, adapter=adapter), catalogue=Catalogue(adapters))
 
 
 def headroom_of(parts: Sequence[Part], promise: Promise, pool: joblib.Parallel) -> dict[str, bool | None]:
@@ -49,7 +51,9 @@ def headroom_of(parts: Sequence[Part], promise: Promise, pool: joblib.Parallel) 
     cases = (
         "rate x1.5",
         "rate x2",
+        "adapters x1.5",
         "adapters x2",
+        "adapters x1.5, rate x1.5",
         "adapters x2, rate x2",
         "one replica lost",
         "steps slower by the MAPE",
@@ -69,7 +73,8 @@ def _stands(case: str, part: Part, promise: Promise) -> bool | None:
     if "rate" in case:
         factor = float(case.rsplit("x", 1)[1])
     if "adapters" in case:
-        traffic = [twice_the_adapters(t, i) for i, t in enumerate(traffic)]
+        times = float(case.split(",", maxsplit=1)[0].rsplit("x", 1)[1])
+        traffic = [more_adapters(t, times, i) for i, t in enumerate(traffic)]
     if "MAPE" in case:
         relief = Relief(steps=1.0 + load_profile(deployment.profile).accuracy["mape"])
     if "lost" in case:

@@ -6,19 +6,26 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from backend.profile import load_profile
 from sim import run_dir
 from sim.deployment import interval
 from sim.errors import ScenarioError
-from sim.plan import Grid, Plan, plan
+from sim.panels import sheet
+from sim.pareto import pareto_panel, picture, points_of
+from sim.plan import Plan, plan
 from sim.plan_checks import unlike_vllm, vllm_command
+from sim.plan_grid import Grid
 from sim.plan_search import Part
 from sim.scenario import Cost, Scenario, load_scenario
 from sim.slo import parse_slo
+
+MOST_RUNNERS = 16
+"""Runners-up that are printed; `plan.json` has all."""
 
 
 def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,22 +65,30 @@ def prices(texts: list[str], scenario: Scenario) -> Scenario:
     return replace(scenario, cost=Cost(given, scenario.cost.model_load_gb_s))
 
 
+def with_duration(scenario: Scenario, duration_s: float | None) -> Scenario:
+    """The scenario with `--duration-s`, where that was given."""
+    if duration_s is None:
+        return scenario
+    if not 0 < duration_s < math.inf:
+        raise ScenarioError(f"--duration-s is {duration_s}, must be finite and > 0")
+    return replace(scenario, workload={**scenario.workload, "duration_s": duration_s})
+
+
+def check_counts(flags: Mapping[str, Sequence[int]], jobs: int) -> None:
+    """Raise `ScenarioError` for a count below 1, and for no processes at all."""
+    for flag, values in flags.items():
+        if any(value < 1 for value in values):
+            raise ScenarioError(f"{flag} is {min(values)}, must be >= 1")
+    if jobs == 0:
+        raise ScenarioError("--jobs is 0, must be a number of processes, or -1 for one a core")
+
+
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
     promise = parse_slo(args.slo, args.attainment)
-    scenario = prices(args.gpu_hour_usd, load_scenario(args.scenario))
-    if args.duration_s is not None:
-        if not 0 < args.duration_s < math.inf:
-            raise ScenarioError(f"--duration-s is {args.duration_s}, must be finite and > 0")
-        scenario = replace(scenario, workload={**scenario.workload, "duration_s": args.duration_s})
-    for flag, values in {
-        "--max-loras": args.max_loras, "--max-cpu-loras": args.max_cpu_loras, "--replicas": [args.replicas],
-        "--seeds": [args.seeds],
-    }.items():  # fmt: skip
-        if any(value < 1 for value in values):
-            raise ScenarioError(f"{flag} is {min(values)}, must be >= 1")
-    if args.jobs == 0:
-        raise ScenarioError("--jobs is 0, must be a number of processes, or -1 for one a core")
+    scenario = with_duration(prices(args.gpu_hour_usd, load_scenario(args.scenario)), args.duration_s)
+    counts = {"--max-loras": args.max_loras, "--max-cpu-loras": args.max_cpu_loras, "--replicas": [args.replicas]}
+    check_counts({**counts, "--seeds": [args.seeds]}, args.jobs)
     out = run_dir.choose(f"plan-{scenario.name}", args.out)
     grid = Grid(
         tuple(args.profile), tuple(args.max_loras), tuple(args.max_cpu_loras),
@@ -90,7 +105,15 @@ def run(args: argparse.Namespace) -> None:
 def write(folder: Path, answer: Plan, lines: list[str]) -> None:
     """`plan.txt`, and `plan.json` with the same figures."""
     (folder / "plan.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    data = {
+    data = json.dumps(as_data(answer), indent=1, allow_nan=False)
+    (folder / "plan.json").write_text(data + "\n", encoding="utf-8")
+    points, caption = points_of(as_data(answer)), f"{answer.cost:.2f} {unit(answer)} keeps {answer.promise}"
+    sheet([pareto_panel(points, unit(answer))], caption, [folder / f"pareto.{kind}" for kind in ("png", "svg")], 1)
+
+
+def as_data(answer: Plan) -> dict[str, Any]:
+    """What `plan.json` holds."""
+    return {
         "promise": str(answer.promise),
         "cost_per_hour": answer.cost,
         "unit": unit(answer),
@@ -98,17 +121,19 @@ def write(folder: Path, answer: Plan, lines: list[str]) -> None:
             {
                 "adapters": part.name, **asdict(part.found.deployment), "rate_rps_per_replica": rate[0],
                 "rate_half_interval": None if math.isnan(rate[1]) else rate[1], "values_s": trial.values,
-                "attained": trial.attained, "vllm": vllm_command(part.found.deployment),
+                "attained": trial.attained, "p99_ttft_s": trial.facts["p99_ttft_s"], "vllm": vllm_command(part.found.deployment),
             }
             for part, rate, trial in zip(answer.parts, answer.rates, answer.trials, strict=True)
         ],
         "headroom": answer.headroom, "relief": answer.binds, "notes": answer.notes,
         "runners_up": [
-            {"change": name, "cost_per_hour": cost, "kept": t.kept, "attained": t.attained, "values_s": t.values}
-            for name, cost, t in answer.runners
+            {
+                "change": r.change, "cost_per_hour": r.cost, "kept": r.trial.kept, "attained": r.trial.attained,
+                "values_s": r.trial.values, "p99_ttft_s": r.p99_ttft_s,
+            }
+            for r in answer.runners
         ],
     }  # fmt: skip
-    (folder / "plan.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def unit(answer: Plan) -> str:
@@ -134,11 +159,14 @@ def text(answer: Plan) -> Iterator[str]:
             f"    within every bound: {trial.attained:.2%} of the requests; sustains {rate[0]:.2f} {_half(rate[1], '.2f')}"
             f" req/s per replica, has {part.traffic[0].rate_rps / d.replicas:.2f}"
         )
+        if d.replicas > 1:
+            yield f"    an adapter was loaded by {trial.facts['homes']:.1f} of {d.replicas} replicas on average"
         yield f"    {_profile(part, trial.facts['extrapolated_share'])}"
     yield from _money(answer)
     yield "binds     " + _binds(answer)
     yield "headroom  " + "; ".join(f"{case}: {_said(kept)}" for case, kept in answer.headroom.items())
     yield from _runners(answer)
+    yield from picture(points_of(as_data(answer)), unit(answer))
     for part in answer.parts:
         yield f"vllm      {vllm_command(part.found.deployment)}"
         if unlike := unlike_vllm(part.found.deployment.engine):
@@ -197,9 +225,7 @@ def _said(kept: bool | None) -> str:
 
 def _runners(answer: Plan) -> Iterator[str]:
     names = list(answer.trials[0].values)
-    yield f"runners-up (the plan with one thing changed, as many replicas){'':<2}" + "".join(
-        f"{n + ' ms':>14}" for n in names
-    )
-    for change, cost, trial in answer.runners[:12]:
-        values = "".join(f"{1e3 * trial.values[n]:14.1f}" for n in names)
-        yield f"  {change:34}{cost:8.2f} {unit(answer):6}{'kept' if trial.kept else 'broken':>12}{values}"
+    yield f"{'runners-up (the plan with one thing changed)':63}" + "".join(f"{n + ' ms':>14}" for n in names)
+    for r in answer.runners[:MOST_RUNNERS]:
+        values = "".join(f"{1e3 * r.trial.values[n]:14.1f}" for n in names)
+        yield f"  {r.change:34}{r.cost:8.2f} {unit(answer):6}{'kept' if r.trial.kept else 'broken':>12}{values}"

@@ -132,7 +132,7 @@ def improve(candidate: Candidate, best: Found | None, judge: Judge, most: int) -
     if best is None:
         count = fewest(keeps, most)
         return None if count is None else Found(candidate, count, climb(count, 0))
-    cheaper = min(most, _below(best.cost, candidate.price))
+    cheaper = min(most, most_below(best.cost, candidate.price))
     count = least(1, cheaper, keeps)
     if count is not None:
         return Found(candidate, count, climb(count, 0))
@@ -143,7 +143,7 @@ def improve(candidate: Candidate, best: Found | None, judge: Judge, most: int) -
     return None
 
 
-def _below(cost: float, price: float) -> int:
+def most_below(cost: float, price: float) -> int:
     """Most replicas that cost less than `cost`."""
     count = int(cost / price)
     while count > 0 and count * price >= cost * (1 - 1e-9):

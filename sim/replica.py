@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
 import pandas as pd
 import simpy
 
-from backend.base import NO_SLOT, AdapterShape, Backend, StepBatch, StepTiming
+from backend.base import NO_SLOT, AdapterShape, Backend, StepBatch
 from sim.adapter_manager import AdapterManager, Move
 from sim.config import EngineConfig
 from sim.errors import IntegrityError
+from sim.flight import Flight, Landing
 from sim.integrity import Progress, check_step
 from sim.kv_cache import BlockPool
 from sim.loading import LoadLane
@@ -24,31 +24,6 @@ from workloads.adapters import Catalogue
 from workloads.requests import BASE
 
 Process = Generator[simpy.Event, Any, None]
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step that was handed to the backend: what it does, and when the GPU starts and ends it."""
-
-    plan: StepPlan
-    timing: StepTiming
-    moves: Sequence[Move]
-    load_s: float
-    start_s: float
-    end_s: float
-    adapters: int
-    used_blocks: int
-    free_blocks: int
-
-
-class Landing(simpy.Event):
-    """The end of a step. What else happens at that instant comes after it, and before the next plan."""
-
-    def __init__(self, env: simpy.Environment, delay: float) -> None:
-        super().__init__(env)
-        self._ok = True
-        self._value = None
-        env.schedule(self, simpy.events.URGENT, delay)
 
 
 class Replica:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,8 +14,9 @@ from backend.factory import open_backend
 from backend.geometry import load_geometry
 from sim import run_dir
 from sim.catalogue import catalogue_of, drawn_from, pinned_ids
+from sim.compiled import Rows
 from sim.config import EngineConfig
-from sim.engine import simulate
+from sim.engine import OnStep, simulate
 from sim.errors import ScenarioError
 from sim.fleet import Fleet
 from sim.fleet_tables import fleet_tables
@@ -26,17 +27,19 @@ from workloads.adapters import Catalogue
 from workloads.build import build_workload
 from workloads.workload import Workload
 
-OnStep = Callable[[float, int], None]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunResult:
-    """A finished run: its tables, its summary, what to know of it, and where it lies."""
+    """A finished run: its summary, what to know of it, and where it lies."""
 
-    tables: RunTables
     summary: dict[str, object]
     notes: tuple[str, ...]
     out: Path
+
+    @cached_property
+    def tables(self) -> RunTables:
+        """Its tables, read from where it lies when they are asked for."""
+        return run_dir.read_tables(self.out)
 
 
 def limits_of(config: EngineConfig) -> EngineLimits:
@@ -59,10 +62,11 @@ def run_scenario(
     profile: str | None = None,
     out: Path | None = None,
     duration_s: float | None = None,
+    step_rows: bool | None = None,
 ) -> RunResult:
     """Simulate `scenario` (a file, a shipped name, or a `Scenario`) and write its run directory.
 
-    `backend`, `profile` and `duration_s` (of arrivals) override the scenario. Raises `ScenarioError`, `WorkloadError`
+    `backend`, `profile`, `duration_s` (of arrivals) and `step_rows` override the scenario. Raises `ScenarioError`, `WorkloadError`
     or `BackendError` for bad input; then no run directory is left.
     """
     if not isinstance(scenario, Scenario):
@@ -71,18 +75,29 @@ def run_scenario(
         raise ScenarioError(f"--duration-s is {duration_s}, must be finite and > 0")
     workload_table = scenario.workload if duration_s is None else {**scenario.workload, "duration_s": duration_s}
     scenario = replace(
-        scenario, backend=backend or scenario.backend, profile=profile or scenario.profile, workload=workload_table
+        scenario,
+        backend=backend or scenario.backend,
+        profile=profile or scenario.profile,
+        workload=workload_table,
+        step_rows=scenario.step_rows if step_rows is None else step_rows,
     )
     target = run_dir.choose(scenario.name, out)
-    tables, summary, notes = execute(scenario, progress=sys.stderr.isatty())
-    error = f", profile MAPE {summary['profile_mape']:.1%}" if "profile_mape" in summary else ""
-    caption = f"{scenario.name}, {summary['backend']}{error}, seed {scenario.seed}"
-    run_dir.write(target, scenario, tables, summary, caption)
-    return RunResult(tables, summary, notes, target)
+    with run_dir.RunFiles(target) as files:
+        tables, summary, notes = execute(scenario, progress=sys.stderr.isatty(), on_rows=files.rows)
+        error = f", profile MAPE {summary['profile_mape']:.1%}" if "profile_mape" in summary else ""
+        kept = "" if scenario.step_rows else ", no step rows kept"
+        caption = f"{scenario.name}, {summary['backend']}{error}, seed {scenario.seed}{kept}"
+        files.finish(scenario, tables, summary, caption)
+    return RunResult(summary, notes, target)
 
 
-def execute(scenario: Scenario, *, progress: bool = False) -> tuple[RunTables, dict[str, object], tuple[str, ...]]:
-    """Simulate `scenario` without writing anything: its tables, its summary, and what to know of its workload."""
+def execute(
+    scenario: Scenario, *, progress: bool = False, on_rows: Rows | None = None
+) -> tuple[RunTables, dict[str, object], tuple[str, ...]]:
+    """Simulate `scenario` without writing anything: its tables, its summary, and what to know of its workload.
+
+    `on_rows` takes the rows of steps and moves as they come; they are not in the tables then.
+    """
     geometry = load_geometry(scenario.geometry)
     workload = build_workload(
         scenario.workload, adapter_count=drawn_from(scenario), seed=scenario.seed, base_dir=scenario.base_dir
@@ -96,7 +111,7 @@ def execute(scenario: Scenario, *, progress: bool = False) -> tuple[RunTables, d
                 bar.update(finished - bar.n)
 
         play = _one_engine if scenario.fleet.single else _fleet
-        tables, blocks, executed = play(scenario, workload, catalogue, pinned, advance)
+        tables, blocks, executed = play(scenario, workload, catalogue, pinned, advance, on_rows)
     sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
     tables.adapters.insert(3, "nbytes", sizes)
     summary: dict[str, object] = {
@@ -129,7 +144,12 @@ def open_engine(scenario: Scenario) -> Backend:
 
 
 def _one_engine(
-    scenario: Scenario, workload: Workload, catalogue: Catalogue, pinned: tuple[int, ...], advance: OnStep
+    scenario: Scenario,
+    workload: Workload,
+    catalogue: Catalogue,
+    pinned: tuple[int, ...],
+    advance: OnStep,
+    on_rows: Rows | None,
 ) -> Played:
     opened = open_engine(scenario)
     try:
@@ -142,6 +162,9 @@ def _one_engine(
             check=scenario.check,
             horizon_s=scenario.horizon_s,
             on_step=advance,
+            step_rows=scenario.step_rows,
+            on_rows=on_rows,
+            fast_forward=scenario.fast_forward,
         )
         return tables, opened.capacity().num_gpu_blocks, getattr(opened, "steps_executed", 0)
     finally:
@@ -149,7 +172,12 @@ def _one_engine(
 
 
 def _fleet(
-    scenario: Scenario, workload: Workload, catalogue: Catalogue, pinned: tuple[int, ...], advance: OnStep
+    scenario: Scenario,
+    workload: Workload,
+    catalogue: Catalogue,
+    pinned: tuple[int, ...],
+    advance: OnStep,
+    on_rows: Rows | None,
 ) -> Played:
     if scenario.backend != "profile":
         raise ScenarioError(f"fleet: needs backend.kind profile, is {scenario.backend}: one machine is not a fleet")
@@ -162,6 +190,8 @@ def _fleet(
         pinned=pinned,
         check=scenario.check,
         seed=scenario.seed,
+        step_rows=scenario.step_rows,
+        fast_forward=scenario.fast_forward,
     )
 
     def watch(fleet: Fleet) -> bool:
@@ -169,7 +199,11 @@ def _fleet(
         return False
 
     fleet.run(scenario.horizon_s, watch, every=4096)
-    return fleet_tables(fleet), open_engine(scenario).capacity().num_gpu_blocks, 0
+    tables = fleet_tables(fleet)
+    if on_rows is not None:  # whose rows are sorted over all replicas
+        on_rows(tables.steps, tables.moves)
+        tables = replace(tables, steps=tables.steps.iloc[:0], moves=tables.moves.iloc[:0])
+    return tables, open_engine(scenario).capacity().num_gpu_blocks, 0
 
 
 def fleet_facts(scenario: Scenario, tables: RunTables) -> dict[str, object]:

@@ -25,7 +25,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "slo": ("p99_ttft_ms", "p99_tpot_ms"),
     "fleet": tuple(f.name for f in fields(FleetConfig)),
     "cost": ("gpu_hour_usd", "model_load_gb_s"),
-    "run": ("seed", "horizon_s", "check"),
+    "run": ("seed", "horizon_s", "check", "step_rows", "fast_forward"),
 }
 """Tables and their keys; `[workload]` is checked where it is built."""
 
@@ -66,6 +66,8 @@ class Scenario:
     seed: int
     horizon_s: float | None
     check: bool
+    step_rows: bool
+    fast_forward: bool
     base_dir: Path
 
     def resolved(self) -> dict[str, object]:
@@ -92,7 +94,13 @@ class Scenario:
             "slo": dict(self.slo),
             "fleet": self.fleet.to_table(),
             "cost": self._cost_table(),
-            "run": {"seed": self.seed, "horizon_s": self.horizon_s, "check": self.check},
+            "run": {
+                "seed": self.seed,
+                "horizon_s": self.horizon_s,
+                "check": self.check,
+                "step_rows": self.step_rows,
+                "fast_forward": self.fast_forward,
+            },
         }
         kept = {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
         return {name: table for name, table in kept.items() if table}
@@ -167,6 +175,8 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
         seed=int(get.number("run", "seed", whole=True, above=-1) or 0),
         horizon_s=get.number("run", "horizon_s", above=0),
         check=get.flag("run", "check") or False,
+        step_rows=get.flag("run", "step_rows") is not False,
+        fast_forward=get.flag("run", "fast_forward") is not False,
         base_dir=base_dir,
     )
 

@@ -12,8 +12,8 @@ import itertools
 import json
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
@@ -22,6 +22,7 @@ import tomli_w
 from tqdm import tqdm
 
 from backend.errors import BackendError
+from backend.profile import profile_folder
 from sim.errors import ScenarioError
 from sim.run import execute
 from sim.scenario import Scenario, find, from_tables, read_tables
@@ -103,7 +104,8 @@ def run_point(tables: Tables, name: str, base_dir: Path, point: Point) -> Tables
     """The row of one run: settings, seed, `status` (ok, or refused with `error`: it cannot be served), and the summary."""
     row: Tables = {key: _cell(value) for key, value in point.settings} | {"seed": point.seed}
     try:
-        _, summary, _ = execute(from_tables(with_settings(tables, point), name, base_dir))
+        scenario = from_tables(with_settings(tables, point), name, base_dir)
+        _, summary, _ = execute(replace(scenario, step_rows=False))
     except (ScenarioError, WorkloadError, BackendError) as error:
         return row | {"status": "refused", "error": str(error)}
     kept = {key: value for key, value in summary.items() if key not in ("scenario", "seed", *row)}
@@ -123,11 +125,15 @@ class Store:
         self.rows = folder / "rows"
         text = tomli_w.dumps(what)
         spec = folder / "sweep.toml"
-        if folder.exists() and not (spec.is_file() and spec.read_text(encoding="utf-8") == text):
-            raise ScenarioError(f"--out {folder}: exists already and is not this sweep; name a new directory")
         try:
-            self.rows.mkdir(parents=True, exist_ok=True)
-            _replace(spec, text)
+            folder.mkdir(parents=True, exist_ok=True)
+            # A sweep that was killed while it began has left nothing, or the beginnings of `sweep.toml`.
+            new = {file.name for file in folder.iterdir()} <= {spec.with_suffix(".partial").name}
+            if new:
+                _replace(spec, text)
+            elif not (spec.is_file() and spec.read_text(encoding="utf-8") == text):
+                raise ScenarioError(f"--out {folder}: exists already and is not this sweep; name a new directory")
+            self.rows.mkdir(exist_ok=True)
         except OSError as error:
             raise ScenarioError(f"--out {folder}: cannot be written ({error})") from error
 
@@ -177,10 +183,11 @@ def _ray_options(jobs: int, live: bool) -> tuple[int, dict[str, object]]:
     except ImportError as error:
         raise ScenarioError("--executor ray: Ray is not installed; pip install 'multilora-sim[ray]'") from error
     register_ray()  # type: ignore[no-untyped-call]
+    if not ray.is_initialized():
+        # The cluster that RAY_ADDRESS names or this machine belongs to, else one of this machine alone.
+        ray.init(log_to_driver=False)
     if not live:
         return jobs, {"backend": "ray"}
-    if not ray.is_initialized():
-        ray.init()
     gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     if not gpus:
         raise ScenarioError("--executor ray: this Ray cluster has no GPU, and live runs take one each")
@@ -189,6 +196,28 @@ def _ray_options(jobs: int, live: bool) -> tuple[int, dict[str, object]]:
 
 def _named(tables: Tables, name: str, base_dir: Path, point: Point) -> tuple[Point, Tables]:
     return point, run_point(tables, name, base_dir, point)
+
+
+def _read(base: Scenario, sets: Mapping[str, Sequence[object]]) -> dict[str, str]:
+    """SHA-256 of what the runs read beside the scenario: rows of an older profile or trace are of another sweep."""
+    profiles = [str(name) for name in (base.profile, *sets.get("backend.profile", ())) if name]
+    paths = {name: profile_folder(name) for name in profiles} if base.backend == "profile" else {}
+    traces = [str(path) for path in (base.workload.get("path"), *sets.get("workload.path", ())) if path]
+    paths |= {path: base.base_dir / path for path in traces}
+    digests = {}
+    for name, path in paths.items():
+        content = hashlib.sha256()
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                content.update(file.read_bytes())
+        digests[name] = content.hexdigest()
+    return digests
+
+
+def _numbers(results: pd.DataFrame, others: Collection[str]) -> pd.DataFrame:
+    """`results` with what no run has (a hit rate without adapters, say) as NaN in its columns of numbers."""
+    empty = [name for name in results if name not in others and results[name].isna().all()]
+    return results.astype(dict.fromkeys(empty, "float64"))
 
 
 def sweep(
@@ -219,7 +248,7 @@ def sweep(
 
         device_bytes("cuda")
     points = grid(sets, [base.seed + i for i in range(seeds)])
-    spec: Tables = {"scenario": tables, "set": dict(sets), "seeds": seeds}
+    spec: Tables = {"name": base.name, "scenario": tables, "set": dict(sets), "seeds": seeds, "read": _read(base, sets)}
     store = Store(out, spec)
     missing = [point for point in points if store.get(point) is None]
     with tqdm(
@@ -229,7 +258,7 @@ def sweep(
             store.put(point, row)
             bar.update()
     rows = [store.get(point) for point in points]
-    results = pd.DataFrame([row for row in rows if row is not None])
+    results = _numbers(pd.DataFrame([row for row in rows if row is not None]), (*sets, "status", "error"))
     if (results["status"] != "ok").all():
         raise ScenarioError(f"not one of {len(results)} runs can be served; the first: {results['error'].iloc[0]}")
     partial = out / "results.partial"

@@ -57,3 +57,9 @@ def keep_ranks(traffic: Traffic, low: int, high: int, *, base: bool) -> Traffic:
     catalogue = Catalogue(tuple(replace(a, adapter_id=i) for i, a in enumerate(kept, start=1)))
     pinned = tuple(int(new[p]) for p in traffic.pinned if new[p] > 0)
     return Traffic(replace(chosen, adapter=adapter[adapter >= 0]), catalogue, pinned)
+
+
+def merged(traffic: Traffic, adapter: int) -> Traffic:
+    """The requests of one adapter (0: of the base model) as those of a model that it was merged into: no adapters are left."""
+    chosen = traffic.requests.take(traffic.requests.adapter == adapter)
+    return Traffic(replace(chosen, adapter=np.full(len(chosen), BASE, dtype=np.int64)), Catalogue(()))

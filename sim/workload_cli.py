@@ -22,7 +22,7 @@ GEOMETRY, PROFILE = "llama-3.1-8b", "h100-llama-3.1-8b"
 """What a fitted scenario runs on, until its reader says otherwise."""
 
 
-def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The verb `workload` with its own verbs."""
     workload = verbs.add_parser("workload", help="describe, imitate or convert traffic").add_subparsers(
         dest="workload_verb", required=True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from backend.geometry import floor_bytes, load_geometry
 from backend.profile import load_profile
 from sim.cli import main
-from sim.curve import curve, decode_features, measured_points, shape
+from sim.curve import break_even, curve, decode_features, described, measured_points, shape
 from sim.errors import ScenarioError
 
 PROFILE = "h100-llama-3.1-8b"
@@ -69,9 +69,37 @@ def test_a_planted_shape_is_found_again(step: float, knee: int, slope: float, ba
     assert found.error < 1e-9
 
 
+def test_a_planted_shape_is_found_in_noise() -> None:
+    """Half a percent of noise: the slope comes back within 5 %, the step within 0.15 ms, and the error says how noisy it was."""
+    x = np.array([0, 1, 2, 4, 8, 16, 32, 64, 128], dtype=float)
+    y = 8 + np.where(x > 0, 0.6 + 0.04 * np.maximum(0, x - 8), 0)
+    for seed in range(20):
+        found = shape(x, y * (1 + 0.005 * np.random.default_rng(seed).standard_normal(len(x))))
+        assert found.slope_ms == pytest.approx(0.04, rel=0.05)
+        assert found.step_ms == pytest.approx(0.6, abs=0.15)
+        assert 0.0 < found.error < 0.02
+
+
+def test_a_curve_in_words() -> None:
+    table = pd.DataFrame({"adapters": [0, 1, 2, 4], "step_ms": [8.0, 9.0, 9.0, 11.0]})
+    points = pd.DataFrame({"adapters": [1, 3], "step_ms": [9.0, 12.5]})
+    assert described(table, points) == (
+        "step 1.00 ms, plateau to 2, then 1000 µs an adapter (fit ±0.0%; measured points within 20.0%)"
+    )
+    copies = table.assign(gpu_s_per_mtok=[2, 2, 2, 2], copies_gpu_s_per_mtok=[2, 1, 3, 4])
+    assert break_even(copies) == "cheaper than N full copies from N = 2 on"
+    assert break_even(copies.head(2)) == "not cheaper than N full copies"
+
+
 def test_a_shape_needs_points() -> None:
     with pytest.raises(ScenarioError, match="point without adapters and two more"):
         shape(np.array([1.0, 2.0, 3.0]), np.ones(3))
+
+
+def test_a_profile_of_one_rank_says_nothing_of_others() -> None:
+    table = curve(["vllm-0.24-h100-llama-3.1-8b"], [32], [16, 32], adapters=[0, 8], max_lora_rank=64)
+    assert table["padded_step_ms"].isna().all()
+    assert table["extrapolated"].tolist() == [False, False, False, True]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +108,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out.splitlines()
     assert "usd_per_mtok" in printed[0]
     assert printed[-1] == str(tmp_path / "c")
+    assert printed[-2].startswith(f"{PROFILE}, 32 requests, rank 16: step 0.")
+    assert printed[-2].endswith("cheaper than N full copies from N = 2 on")
     assert len(pd.read_parquet(tmp_path / "c" / "curve.parquet")) == 7
     assert (tmp_path / "c" / "curve.png").stat().st_size > 20_000
     for more, says in (

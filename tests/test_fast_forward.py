@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from backend.geometry import load_geometry
 from backend.predictor import BOUNDED, HOST_TERMS, TERMS, Predictor, Regime
 from backend.profile import LoadCurve, Profile, load_profile, shipped_profiles
 from backend.replay import ReplayBackend
-from sim import compiled
+from sim import compiled_inputs
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import LivelockError
@@ -25,11 +26,13 @@ from sim.fleet_tables import fleet_tables
 from sim.metrics import summarise
 from sim.placement import PLACEMENTS
 from sim.router import ROUTERS
+from sim.run import execute
+from sim.scenario import load_scenario
 from sim.tables import RunTables
 from workloads.adapters import Catalogue
 from workloads.requests import PrefixTree, RequestTable
 
-pytestmark = pytest.mark.skipif(compiled._native is None, reason="built without a C++ compiler")
+pytestmark = pytest.mark.skipif(compiled_inputs._native is None, reason="built without a C++ compiler")
 
 WORLD = st.fixed_dictionaries(
     {
@@ -197,3 +200,13 @@ def test_i8_the_same_tables_of_a_fleet(w: dict, f: dict) -> None:
     for name in ("requests", "steps", "adapters", "moves", "replicas"):
         pd.testing.assert_frame_equal(getattr(fast, name), getattr(slow, name), check_exact=True, obj=name)
     assert (fast.horizon_s, fast.totals) == (slow.horizon_s, slow.totals)
+
+
+def test_without_the_compiled_loop_everything_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no C++ compiler was when the package was built."""
+    scenario = replace(load_scenario("demo-fleet"), horizon_s=30.0)
+    compiled_tables, compiled_summary, _ = execute(scenario)
+    monkeypatch.setattr(compiled_inputs, "_native", None)
+    tables, summary, _ = execute(scenario)
+    assert summary == compiled_summary
+    assert files(tables) == files(compiled_tables)

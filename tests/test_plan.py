@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,9 +18,10 @@ from sim.config import EngineConfig
 from sim.deployment import Deployment, Relief, attempt, interval
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig
-from sim.plan import Grid, candidates_of
-from sim.plan_checks import twice_the_adapters, unlike_vllm, vllm_command
-from sim.plan_search import Candidate, Judge, exhaustive, fewest, greatest, improve, least, search, sustainable
+from sim.plan import Searcher
+from sim.plan_checks import more_adapters, unlike_vllm, vllm_command
+from sim.plan_grid import Grid, candidates_of
+from sim.plan_search import Candidate, Judge, Part, exhaustive, fewest, greatest, improve, least, search, sustainable
 from sim.scenario import load_scenario
 from sim.slo import Limit, Promise, attained, keeps, parse_slo
 from sim.traffic import Traffic, keep_ranks
@@ -151,6 +153,33 @@ def test_the_search_agrees_with_exhaustive_search(seed: int, prices: tuple[float
     assert pruned < judge.trials, "nothing was pruned"
 
 
+def test_large_ranks_apart_where_they_would_take_the_memory_of_all() -> None:
+    """128 busy adapters of rank 8 and two of rank 256: slots for all at rank 256 do not fit, so each kind gets a GPU of its own."""
+    rng = np.random.default_rng(0)
+    count = 450
+    requests = RequestTable(
+        rng.exponential(1 / 30, count).cumsum(), rng.integers(20, 100, count), np.full(count, 400),
+        np.where(rng.random(count) < 0.03, rng.integers(129, 131, count), rng.integers(1, 129, count)),
+    )  # fmt: skip
+    small = Catalogue.uniform(128, [8])
+    both = Catalogue((*small, *(replace(small[1], adapter_id=i, name=f"large-{i}", rank=256) for i in (129, 130))))
+    grid = Grid(routes=(("least_outstanding", "everywhere"), ("least_outstanding", "packed")), most_replicas=8, jobs=1)
+    scenario = load_scenario("demo-plan")
+    with joblib.Parallel(n_jobs=1) as pool:
+
+        def best(grid: Grid) -> tuple[Part, ...]:
+            searcher = Searcher(scenario, parse_slo("ttft_p90<=0.1s"), grid, {H100: 1.0}, pool)
+            found = searcher.best((Traffic(requests, both),))
+            assert found is not None
+            return found
+
+        apart, whole = best(grid), best(replace(grid, splits=()))
+    assert [part.name for part in apart] == ["ranks up to 8", "ranks above 8"]
+    assert [part.found.deployment.engine.max_lora_rank for part in apart] == [8, 256]
+    assert len(whole) == 1
+    assert sum(part.found.cost for part in apart) < whole[0].found.cost
+
+
 def test_faster_traffic_is_the_same_requests() -> None:
     slow = traffic(3)
     fast = slow.faster(2.0)
@@ -170,15 +199,17 @@ def test_ranks_apart_are_all_of_the_traffic() -> None:
     assert names <= {whole.catalogue[a].name for a in whole.requests.adapter.tolist() if a}
 
 
-def test_twins_share_what_one_had() -> None:
+@pytest.mark.parametrize(("times", "more"), [(1.5, 6), (2.0, 12)])
+def test_twins_share_what_one_had(times: float, more: int) -> None:
     one = traffic(5)
-    two = twice_the_adapters(one, 0)
+    two = more_adapters(one, times, 0)
     n = len(one.catalogue)
-    assert len(two.catalogue) == 2 * n
-    folded = np.where(two.requests.adapter > n, two.requests.adapter - n, two.requests.adapter)
-    assert np.array_equal(folded, one.requests.adapter)
+    assert len(two.catalogue) == n + more
+    names = [two.catalogue[a].name.removesuffix("-twin") if a else "" for a in two.requests.adapter.tolist()]
+    assert names == [one.catalogue[a].name if a else "" for a in one.requests.adapter.tolist()]
     assert (two.requests.adapter > n).any()
-    assert all(two.catalogue[i + n].rank == two.catalogue[i].rank for i in range(1, n + 1))
+    ranks = {a.name: a.rank for a in two.catalogue}
+    assert all(rank == ranks[name.removesuffix("-twin")] for name, rank in ranks.items())
 
 
 def test_reliefs_relieve() -> None:
@@ -216,6 +247,17 @@ def test_candidates_have_a_rank_that_vllm_takes() -> None:
     made = candidates_of(scenario, odd, Grid(), {H100: 1.0})
     assert {c.deployment.engine.max_lora_rank for c in made} == {32}
     assert all(c.deployment.engine.host_loras >= c.deployment.engine.max_loras for c in made)
+    assert {c.deployment.engine.host_loras - c.deployment.engine.max_loras for c in made} == {0, 8, 4}, (
+        "vLLM's, and all"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_adapters_have_candidates_too(count: int) -> None:
+    few = Traffic(traffic(1).requests, Catalogue.uniform(count, [8]))
+    slots = {c.deployment.engine.max_loras for c in candidates_of(load_scenario("demo-plan"), few, Grid(), {H100: 1.0})}
+    assert slots
+    assert min(slots) <= 4
 
 
 SCENARIO = """
@@ -261,8 +303,11 @@ def test_a_plan_from_the_command_line(scenario: Path, tmp_path: Path, capsys: py
         "USD per million tokens",
         "±",
         "MAPE",
+        "P99 TTFT (ms): * the plan",
+        "  replicas ",
     ):
         assert word in printed
+    assert (tmp_path / "one" / "pareto.svg").is_file()
     assert main([*what, "--jobs", "2", "--out", str(tmp_path / "two")]) == 0
     one, two = (json.loads((tmp_path / name / "plan.json").read_text()) for name in ("one", "two"))
     assert one == two

@@ -1,4 +1,4 @@
-"""The README's commands run as printed (but for GPUs and plans); those of docs/ at least have flags that exist."""
+"""The README's commands run as printed (but for GPUs); those of docs/ at least have flags that exist."""
 
 from __future__ import annotations
 
@@ -36,18 +36,25 @@ def test_the_readme_runs_as_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"TRACE": str(SAMPLE), **{f"NAME_{part}.csv": f"{MEASURED}{part}.csv" for part in ("requests", "steps")}}
-    done = set()
+    done, printed = set(), ""
     for argv in filter(complete, commands((ROOT / "README.md").read_text())):
-        if argv[0] == "plan" or any(word in NEEDS_A_GPU for word in argv):  # a plan takes minutes on busy cores
+        if any(word in NEEDS_A_GPU for word in argv):
             parser().parse_args(argv)
             continue
         run = [places.get(word, word) for word in argv]
         assert main(run) == 0, f"multilora {shlex.join(run)}: {capsys.readouterr().err}"
-        last = capsys.readouterr().out.strip().splitlines()[-1]
+        out = capsys.readouterr().out
+        printed, last = printed + out, out.strip().splitlines()[-1]
         assert argv[0] == "validate" or Path(last).exists()
         done.add(argv[0] if argv[0] != "workload" else argv[1])
-        places["RUN_DIR"] = last if argv[0] == "run" else places["RUN_DIR"]
-    assert done == {"run", "measure", "sweep", "curve", "report", "validate", "describe", "fit", "convert"}
+        places |= {"RUN_DIR": last} if argv[0] == "run" else {}
+    quotes = re.findall(r"“(best: [^”]*)”", (ROOT / "README.md").read_text())
+    assert quotes
+    for part in " … ".join(quotes).split("…"):
+        assert " ".join(part.split()) in printed, "the README quotes what its command no longer prints"
+    assert done == {
+        "run", "measure", "sweep", "plan", "copies", "effects", "curve", "report", "validate", "describe", "fit", "convert",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from test_sweep import SCENARIO as SWEEP_SCENARIO
 from worlds import WorldBackend
 
 import sim.run
-from sim import run_dir
+from sim import row_file, run_dir
+from sim.cli import main
 from sim.errors import ScenarioError
+from sim.row_file import RowFile, thinned
 from sim.run import RunResult, run_scenario
 
 FILES = {
@@ -149,3 +152,60 @@ def test_a_killed_run_leaves_nothing_that_looks_like_one(tmp_path: Path) -> None
     assert not partial.exists()
     requests = pd.read_parquet(out / "requests.parquet")
     assert len(requests) == json.loads((out / "summary.json").read_text())["requests"]
+
+
+def test_rows_come_in_groups_whatever_the_pieces(tmp_path: Path) -> None:
+    """The file of a run that streams its rows is that of one which had them all."""
+    rows = pd.DataFrame({"start_s": np.arange(1000.0), "kind": pd.Series(["load", "evict"] * 500, dtype="str")})
+    contents = []
+    for name, sizes in (("whole", [1000]), ("pieces", [1, 0, 299, 700]), ("grouped", [64] * 15 + [40])):
+        file = RowFile(tmp_path / name)
+        at = 0
+        for size in sizes:
+            file.write(rows.iloc[at : at + size])
+            at += size
+        file.close()
+        contents.append((tmp_path / name).read_bytes())
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / name), rows)
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_a_figure_sees_every_load_of_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_file, "LOOKED_AT", 100)
+    monkeypatch.setattr(row_file, "GROUP", 64)
+    names = ("start_s", "end_s", "running", "waiting", "used_blocks", "free_blocks", "activations", "stages")
+    steps = pd.DataFrame({name: np.arange(1001) for name in names})
+    file = RowFile(tmp_path / "steps.parquet")
+    file.write(steps)
+    file.close()
+    seen = thinned(tmp_path / "steps.parquet")
+    assert len(seen) <= 130
+    assert seen["activations"].sum() == steps["activations"].sum()
+    assert seen["end_s"].iloc[-1] == steps["end_s"].iloc[-1]
+
+
+@pytest.mark.parametrize("scenario", ["demo-azure", "demo-fleet"])
+def test_without_step_rows_a_run_says_the_same(tmp_path: Path, scenario: str) -> None:
+    summaries = []
+    for out, more in (("with", []), ("without", ["--no-step-rows"])):
+        assert main(["run", scenario, "--duration-s", "20", "--out", str(tmp_path / out), *more]) == 0
+        summaries.append((tmp_path / out / "summary.json").read_bytes())
+    assert summaries[0] == summaries[1]
+    assert len(pd.read_parquet(tmp_path / "with" / "steps.parquet")) > 100
+    assert len(pd.read_parquet(tmp_path / "without" / "steps.parquet")) == 0
+    assert main(["report", str(tmp_path / "without")]) == 0
+    assert (tmp_path / "without" / "report.html").read_text().count("<figure>") == 2
+    assert pd.read_parquet(tmp_path / "without" / "tenants.parquet")["cost_share"].isna().all()
+
+
+def test_a_run_step_by_step_writes_the_same_files(tmp_path: Path) -> None:
+    """I8, through the command line and `run.fast_forward`."""
+    scenario = (files("sim") / "scenarios" / "demo-azure.toml").read_text()
+    folders = []
+    for name, more in (("fast", "fast_forward = true"), ("slow", "fast_forward = false")):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(scenario + f"\n[run]\n{more}\n")
+        folders.append(tmp_path / name)
+        assert main(["run", str(file), "--duration-s", "20", "--out", str(folders[-1])]) == 0
+    for table in ("requests", "steps", "adapters", "moves"):
+        assert (folders[0] / f"{table}.parquet").read_bytes() == (folders[1] / f"{table}.parquet").read_bytes()

@@ -59,6 +59,28 @@ def test_the_hit_rate_of_lru_under_independent_references(slots: int) -> None:
     assert summary["adapter_activations"] == pytest.approx(n * (1 - float(str(summary["adapter_hit_rate"]))))
 
 
+def che_hit_rate(popularity: np.ndarray, slots: int) -> float:
+    """Che's approximation: an adapter is there if it was used within the time in which `slots` distinct ones are."""
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        time = (low + high) / 2
+        low, high = (time, high) if (1 - np.exp(-popularity * time)).sum() < slots else (low, time)
+    return float((popularity * (1 - np.exp(-popularity * low))).sum())
+
+
+@pytest.mark.parametrize("slots", [8, 32])
+def test_the_hit_rate_of_lru_is_near_che_for_many_adapters(slots: int) -> None:
+    """128 adapters, Zipf: too many for King's sum. Che's error is below a percent there, the draw's at most 4 sigma."""
+    popularity = 1.0 / np.arange(1, 129)
+    popularity /= popularity.sum()
+    n = 6000
+    adapter = np.random.default_rng(7).choice(np.arange(1, 129), n, p=popularity)
+    summary = summarise(run(0.02 * np.arange(n), adapter, slots, 1))
+    expected = che_hit_rate(popularity, slots)
+    assert 0.3 < expected < 0.8
+    assert summary["adapter_hit_rate"] == pytest.approx(expected, abs=0.01 + 4 * np.sqrt(expected * (1 - expected) / n))
+
+
 def test_two_adapters_on_one_slot_by_hand() -> None:
     """Both are there at 0, and adapter 2 waits for the slot until adapter 1 has ended.
 

@@ -32,7 +32,7 @@ def main() -> None:
         run(
             str(python),
             "-c",
-            "from sim import compiled; assert compiled._native, 'the replay was not compiled'",
+            "from sim import compiled_inputs; assert compiled_inputs._native, 'the replay was not compiled'",
             cwd=place,
         )
         run(str(python), "-c", "from backend.sgmv import nvrtc; assert b'shrink' in nvrtc.source()", cwd=place)

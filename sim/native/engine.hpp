@@ -1,7 +1,6 @@
-// One engine on a clock of its own: sim/replica.py, Replica, and many like steps at once.
+// One engine on a clock of its own: sim/replica.py, Replica.
 #pragma once
 
-#include <iterator>
 #include <memory>
 
 #include "adapter_slots.hpp"
@@ -59,7 +58,7 @@ class Engine {
         State state{row, r.prompt_tokens[row], r.limit[row], r.adapter[row], r.priority[row], r.arrival_s[row]};
         if (config.enable_prefix_caching) state.prefix = r.prefix(row);
         states.push_back(std::move(state));
-        scheduler.add(&states.back());
+        scheduler.waiting.add(&states.back());
         steady_ = false;
         if (idle()) {
             now_s = at_s;
@@ -83,13 +82,19 @@ class Engine {
             }
             if (full()) return true;
             if (!planning_ || (!last && now_s >= until_s) || now_s > until_s) return false;
-            if (scheduler.running.empty() && scheduler.waiting.empty() && !flying_) {
+            if (scheduler.running.empty() && scheduler.waiting.all.empty() && !flying_) {
                 planning_ = false;
                 return false;
             }
             if (steady_ && repeat(until_s, last)) continue;
             step();
         }
+    }
+
+    // Play until `at_s` and count the requests that wait or run then; -1 where rows must be taken first.
+    Int look(double at_s) {
+        if (advance(at_s, false)) return -1;
+        return static_cast<Int>(scheduler.running.size() + scheduler.waiting.all.size());
     }
 
   private:
@@ -167,7 +172,7 @@ class Engine {
         }
         plain = plain && plan.tokens == static_cast<Int>(plan.items.size()) && row.prefill_requests == 0;
         for (Int a : used_) sum_.adapter(lora_rows_[a], adapters_->rank[a]);
-        sum_.end(config.max_loras, after_prompts_, static_cast<Int>(plan.skipped.size()));
+        sum_.end(config.max_loras, after_prompts_, plan.passed);
         after_prompts_ = !sum_.f.decode_only;
         if (config.set_order)
             std::stable_sort(used_.begin(), used_.end(),
@@ -186,7 +191,7 @@ class Engine {
         row.distinct_adapters = static_cast<Int>(used_.size());
         row.admitted = plan.admitted();
         row.preempted = static_cast<Int>(plan.preempted.size());
-        row.skipped = static_cast<Int>(plan.skipped.size());
+        row.skipped = plan.passed;
         row.cached_tokens = cached;
         fly(flight, timing, stage_s, copy_s);
         steady_ = plain;
@@ -250,91 +255,18 @@ class Engine {
 
     void record(StepRow& row) {
         row.running = static_cast<Int>(scheduler.running.size());
-        row.waiting = static_cast<Int>(scheduler.waiting.size());
+        row.waiting = static_cast<Int>(scheduler.waiting.all.size());
         row.step = totals.steps;
         totals.add(row);
         if (keep_rows_) rows.push_back(row);
     }
 
-    // The last plan was a decode of all that run, with nobody admitted, finished or loaded. As long as blocks last and nobody
-    // finishes, the next plan is the same: every step is arithmetic.
-    // Returns whether there was such a step.
-    bool repeat(double until_s, bool last) {
-        KvPool& pool = scheduler.pool;
-        const bool lags = config.async_scheduling;
-        if (lags && flying_ == nullptr) return false;
-        Flight& latest = lags ? *flying_ : flights_[0];
-        // Whether one more request fits may change with what the cache holds.
-        if (pool.caching && latest.plan.stopped) return false;
-        Int most = std::numeric_limits<Int>::max();
-        for (const State* s : scheduler.running) most = std::min(most, s->limit - s->emitted - 1);
-        if (most < 2) return false;
-        sort_by_remainder();
-        Features f = sum_.f;
-        f.after_prompts = false;
-        Int steps = 0;
-        for (; steps < most && !full() && (last ? now_s <= until_s : now_s < until_s); ++steps) {
-            const std::vector<int>& fresh = bucket(steps);
-            if (static_cast<Int>(fresh.size()) > pool.free()) break;
-            f.kv_tokens += f.requests;
-            f.max_kv += 1;
-            const Timing timing = costs_->predict(f);
-            const double gpu_s = std::max(now_s + 0.0 + timing.host_s, gpu_free_s_) + 0.0 + timing.device_s;
-            const double landed_s = now_s + std::max(0.0, (lags ? latest.end_s : gpu_s) - now_s);
-            if (landed_s > until_s) break;
-            if (pool.caching) take_blocks(fresh, steps);
-            else pool.take(static_cast<Int>(fresh.size()));
-            StepRow before = latest.row;
-            fly(latest, timing, 0.0, 0.0);
-            now_s = landed_s;
-            record(lags ? before : latest.row);
-        }
-        if (steps == 0) return false;
-        after_prompts_ = false;
-        sum_.f.kv_tokens += steps * f.requests;
-        sum_.f.max_kv += steps;
-        for (std::size_t i = 0; i < scheduler.running.size(); ++i) catch_up(i, steps);
-        for (Int a : used_) {
-            uses[a].step_uses += steps;
-            uses[a].hits += steps;
-        }
-        for (State* s : latest.plan.skipped) s->skips += steps;
-        return true;
-    }
-
-    // Running requests by what their computed tokens leave over in their last block: a step begins a block for one remainder
-    // only, so none need be walked over in between.
-    void sort_by_remainder() {
-        const std::vector<State*>& running = scheduler.running;
-        buckets_.resize(static_cast<std::size_t>(config.block_size));
-        for (auto& one : buckets_) one.clear();
-        for (std::size_t i = 0; i < running.size(); ++i)
-            buckets_[static_cast<std::size_t>(running[i]->computed % config.block_size)].push_back(static_cast<int>(i));
-        moved_.assign(running.size(), 0);
-    }
-    // Those that have a multiple of `block_size` tokens computed after `steps` more steps.
-    const std::vector<int>& bucket(Int steps) const {
-        return buckets_[static_cast<std::size_t>((config.block_size - steps % config.block_size) % config.block_size)];
-    }
-
-    // Those that begin a block and those that fill one, in the order in which they run.
-    void take_blocks(const std::vector<int>& fresh, Int steps) {
-        touched_.clear();
-        const std::vector<int>& filling = bucket(steps + 1);
-        std::set_union(fresh.begin(), fresh.end(), filling.begin(), filling.end(), std::back_inserter(touched_));
-        for (int i : touched_) {
-            catch_up(static_cast<std::size_t>(i), steps);
-            State& state = *scheduler.running[static_cast<std::size_t>(i)];
-            scheduler.pool.grow(state, state.computed + 1);
-        }
-    }
-    void catch_up(std::size_t i, Int steps) {
-        State& state = *scheduler.running[i];
-        state.computed += steps - moved_[i];
-        state.emitted += steps - moved_[i];
-        moved_[i] = steps;
-        if (!scheduler.pool.caching) state.held = scheduler.pool.blocks_for(state.computed);
-    }
+    // Many like steps at once (repeat.hpp).
+    bool repeat(double until_s, bool last);
+    void sort_by_remainder();
+    const std::vector<int>& bucket(Int steps) const;
+    void take_blocks(const std::vector<int>& fresh, Int steps);
+    void catch_up(std::size_t i, Int steps);
 
     std::shared_ptr<const Requests> requests_;
     std::shared_ptr<const Adapters> adapters_;

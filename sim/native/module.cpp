@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "engine.hpp"
+#include "repeat.hpp"
 
 namespace py = pybind11;
 using namespace replay;
@@ -39,7 +39,7 @@ py::dict states_of(const Engine& e) {
     out["tokens_emitted"] = column<Int>(e, [](const State& s) { return s.emitted; });
     out["cached_tokens"] = column<Int>(e, [](const State& s) { return s.cached_tokens; });
     out["preemptions"] = column<Int>(e, [](const State& s) { return s.preemptions; });
-    out["skips"] = column<Int>(e, [](const State& s) { return s.skips; });
+    out["skips"] = column<Int>(e, [&](const State& s) { return e.scheduler.waiting.skips(s); });
     return out;
 }
 
@@ -122,22 +122,23 @@ PYBIND11_MODULE(_native, m) {
                       const std::vector<Int>&, const std::vector<Int>&, Int, double>())
         .def("add", &Engine::add)
         .def("advance", &Engine::advance)
+        .def("look", &Engine::look)
         .def("next_s", &Engine::next_s)
         .def("idle", &Engine::idle)
         .def_readonly("now_s", &Engine::now_s)
         .def_readonly("finished", &Engine::finished)
         .def("running", [](const Engine& e) { return e.scheduler.running.size(); })
-        .def("waiting", [](const Engine& e) { return e.scheduler.waiting.size(); })
+        .def("waiting", [](const Engine& e) { return e.scheduler.waiting.all.size(); })
         .def("used_blocks", [](const Engine& e) { return e.scheduler.pool.used(); })
         .def("free_blocks", [](const Engine& e) { return e.scheduler.pool.free(); })
         .def("resident", &resident)
         .def("running_adapters", [](const Engine& e) { return adapters_of(e.scheduler.running); })
-        .def("waiting_adapters", [](const Engine& e) { return adapters_of(e.scheduler.waiting); })
+        .def("waiting_adapters", [](const Engine& e) { return adapters_of(e.scheduler.waiting.all); })
         .def("unfinished", &unfinished)
         .def("states", &states_of)
         .def("state", [](const Engine& e, std::size_t i) {
             const State& s = e.states.at(i);
-            return py::make_tuple(s.first_token_s, s.finish_s, s.emitted, s.preemptions, s.skips);
+            return py::make_tuple(s.first_token_s, s.finish_s, s.emitted, s.preemptions, e.scheduler.waiting.skips(s));
         })
         .def("uses", [](const Engine& e) { return array_of(e.uses); })
         .def("rows", [](const Engine& e) { return array_of(e.rows); })

@@ -65,7 +65,7 @@ struct State {
     Int row, prompt, limit, adapter, priority;
     double arrival_s;
     Int computed = 0, emitted = 0, placeholders = 0, held = 0, registered = 0;
-    Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0;
+    Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0, passes = 0;
     bool preempted = false, done = false, waiting = true;
     double first_scheduled_s = NEVER, first_token_s = NEVER, finish_s = NEVER;
     std::vector<int> blocks;                     // with prefix caching; `held` counts them without

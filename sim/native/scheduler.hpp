@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <deque>
-#include <set>
 
 #include "kv_pool.hpp"
+#include "waiting_line.hpp"
 
 namespace replay {
 
@@ -20,8 +20,11 @@ struct Item {
 struct Plan {
     Int budget = 0, running = 0, tokens = 0;
     std::vector<Item> items;
-    std::vector<State*> preempted, skipped;
-    bool stopped = false;  // admission ended for want of blocks, or of budget for a whole prompt
+    std::vector<State*> preempted;
+    std::vector<State*> skipped;  // passed over, where the line was not looked through to its end
+    Int passed = 0;               // passed over, all of them
+    bool to_the_end = false;      // the line was looked through, with all slots taken
+    bool stopped = false;         // admission ended for want of blocks, or of budget for a whole prompt
 
     Int admitted() const { return static_cast<Int>(items.size()) - running; }
     void begin(Int tokens_at_most) {
@@ -30,18 +33,8 @@ struct Plan {
         items.clear();
         preempted.clear();
         skipped.clear();
-        stopped = false;
-    }
-};
-
-// Smallest first (sim/waiting.py): by priority and arrival, or by place in line.
-struct WaitingOrder {
-    bool priority;
-    bool operator()(const State* a, const State* b) const {
-        if (!priority) return a->place < b->place;
-        if (a->priority != b->priority) return a->priority < b->priority;
-        if (a->arrival_s != b->arrival_s) return a->arrival_s < b->arrival_s;
-        return a->row < b->row;
+        passed = 0;
+        to_the_end = stopped = false;
     }
 };
 
@@ -49,23 +42,16 @@ class Scheduler {
   public:
     Scheduler(const Config& config, Int adapters, const std::vector<Int>& pinned)
         : pool(config.num_gpu_blocks, config.block_size, config.enable_prefix_caching),
-          waiting(WaitingOrder{config.priority}), config_(config), uses_(adapters + 1, 0), pinned_(adapters + 1, 0),
-          watermark_blocks_(static_cast<Int>(config.watermark * static_cast<double>(pool.total + 1))) {
-        for (Int a : pinned) {
-            pinned_[a] = 1;
-            ++distinct_;
-        }
-    }
+          waiting(config.priority, adapters, pinned), config_(config),
+          watermark_blocks_(static_cast<Int>(config.watermark * static_cast<double>(pool.total + 1))) {}
 
     KvPool pool;
-    std::set<State*, WaitingOrder> waiting;
+    WaitingLine waiting;
     std::vector<State*> running;
-
-    void add(State* state) { enqueue(state, ++last_place_); }
 
     void schedule(Plan& plan) {
         plan.begin(config_.max_num_batched_tokens);
-        const bool alone = running.size() + waiting.size() <= 1;
+        const bool alone = running.size() + waiting.all.size() <= 1;
         const Int threshold = alone ? 0 : config_.long_prefill_token_threshold;
         schedule_running(plan, threshold);
         plan.running = static_cast<Int>(plan.items.size());
@@ -87,34 +73,17 @@ class Scheduler {
             if (state.emitted >= state.limit) finished.push_back(&state);
         }
         for (State* state : finished)
-            if (state->preempted) dequeue(state);
+            if (state->preempted) waiting.remove(state);
         for (State* state : finished) {
             state->done = true;
             pool.release(*state);
-            if (!state->preempted) count(state->adapter, -1);
+            if (!state->preempted) waiting.count(state->adapter, -1);
         }
         if (!finished.empty())
             running.erase(std::remove_if(running.begin(), running.end(), [](State* s) { return s->done; }), running.end());
     }
 
   private:
-    void enqueue(State* state, Int place) {
-        state->place = place;
-        state->waiting = true;
-        waiting.insert(state);
-    }
-    void dequeue(State* state) {
-        waiting.erase(state);
-        state->waiting = false;
-    }
-    // Adapters of running requests; `distinct_` counts them and the pinned ones.
-    void count(Int adapter, Int change) {
-        if (adapter == BASE) return;
-        const bool before = uses_[adapter] > 0 || pinned_[adapter];
-        uses_[adapter] += change;
-        distinct_ += (uses_[adapter] > 0 || pinned_[adapter]) - before;
-    }
-
     void schedule_running(Plan& plan, Int threshold) {
         std::size_t index = 0;
         while (index < running.size() && plan.budget > 0) {
@@ -161,41 +130,76 @@ class Scheduler {
             return item.state == victim;
         });
         plan.items.erase(gone, plan.items.end());
-        count(victim->adapter, -1);
+        waiting.count(victim->adapter, -1);
         pool.release(*victim);
         victim->computed = victim->placeholders = 0;
         victim->preempted = true;
         ++victim->preemptions;
-        enqueue(victim, --first_place_);
+        waiting.requeue(victim);
         plan.preempted.push_back(victim);
     }
 
+    bool has_room(const Plan& plan) const {
+        return plan.budget > 0 && static_cast<Int>(running.size()) < config_.max_num_seqs;
+    }
+
     void admit(Plan& plan, Int threshold) {
-        for (State* state : waiting) {
-            if (!(plan.budget > 0 && static_cast<Int>(running.size()) < config_.max_num_seqs)) break;
-            const Int adapter = state->adapter;
-            if (adapter != BASE && !uses_[adapter] && !pinned_[adapter] && distinct_ == config_.max_loras) {
-                plan.skipped.push_back(state);
-                continue;
+        auto next = waiting.all.begin();
+        while (next != waiting.all.end() && has_room(plan)) {
+            if (waiting.distinct() == config_.max_loras) {
+                admit_of_running(plan, threshold, next);
+                break;
             }
-            pool.lookup(*state);
-            const Int found = static_cast<Int>(pool.found.size()), computed = found * config_.block_size;
-            const Int wanted = chunk(state->tokens() - computed, threshold, state->tokens());
-            plan.stopped = wanted > plan.budget && !config_.enable_chunked_prefill;
-            if (plan.stopped) break;
-            const Int tokens = std::min(wanted, plan.budget);
-            plan.stopped = !blocks_fit(*state, computed + tokens);
-            if (plan.stopped) break;
-            pool.grow(*state, computed + tokens, true);
-            state->computed = computed;
-            running.push_back(state);
-            count(adapter, 1);
-            plan.items.push_back({state, tokens, computed, computed});
-            plan.budget -= tokens;
-            state->preempted = false;
+            if (!take(plan, threshold, *next++)) break;
         }
-        for (Int i = plan.running; i < static_cast<Int>(plan.items.size()); ++i) dequeue(plan.items[i].state);
+        for (Int i = plan.running; i < static_cast<Int>(plan.items.size()); ++i) waiting.remove(plan.items[i].state);
+    }
+
+    // All slots are taken: of those that wait from `next` on, requests of the base model and of adapters that run.
+    void admit_of_running(Plan& plan, Int threshold, Line::iterator next) {
+        heads_.clear();
+        const auto look = [&](Int adapter) {
+            const Line& line = waiting.line(adapter);
+            if (const auto at = line.lower_bound(*next); at != line.end()) heads_.emplace_back(at, line.end());
+        };
+        look(BASE);
+        for (Int adapter : waiting.running()) look(adapter);
+        const WaitingOrder before{config_.priority};
+        State* end = nullptr;  // where the look along the line ended
+        while (end == nullptr && !heads_.empty()) {
+            const auto first = std::min_element(heads_.begin(), heads_.end(),
+                                                [&](const auto& a, const auto& b) { return before(*a.first, *b.first); });
+            State* state = *first->first;
+            if (++first->first == first->second) heads_.erase(first);
+            if (!take(plan, threshold, state) || !has_room(plan)) end = state;
+        }
+        if (end == nullptr) {
+            plan.to_the_end = true;
+            plan.passed = waiting.pass(1);
+            return;
+        }
+        for (; *next != end; ++next)
+            if (!waiting.runs((*next)->adapter)) plan.skipped.push_back(*next);
         for (State* state : plan.skipped) ++state->skips;
+        plan.passed = static_cast<Int>(plan.skipped.size());
+    }
+
+    // Admits a request, or says that nobody is admitted any more.
+    bool take(Plan& plan, Int threshold, State* state) {
+        pool.lookup(*state);
+        const Int found = static_cast<Int>(pool.found.size()), computed = found * config_.block_size;
+        const Int wanted = chunk(state->tokens() - computed, threshold, state->tokens());
+        const Int tokens = std::min(wanted, plan.budget);
+        plan.stopped = (wanted > plan.budget && !config_.enable_chunked_prefill) || !blocks_fit(*state, computed + tokens);
+        if (plan.stopped) return false;
+        pool.grow(*state, computed + tokens, true);
+        state->computed = computed;
+        running.push_back(state);
+        waiting.count(state->adapter, 1);
+        plan.items.push_back({state, tokens, computed, computed});
+        plan.budget -= tokens;
+        state->preempted = false;
+        return true;
     }
 
     bool blocks_fit(const State& state, Int tokens) const {
@@ -212,9 +216,7 @@ class Scheduler {
     }
 
     const Config config_;
-    std::vector<Int> uses_;
-    std::vector<char> pinned_;
-    Int distinct_ = 0, first_place_ = 0, last_place_ = 0;
+    std::vector<std::pair<Line::iterator, Line::iterator>> heads_;
     Int watermark_blocks_;
 };
 
