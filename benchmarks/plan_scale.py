@@ -3,7 +3,7 @@
 Two kinds are the shipped profiles, measured on H100s. No third GPU has been measured: the third is the first one's profile
 with every step 1.6 times as long, a made-up kind that is there to be searched and says nothing about any real GPU.
 
-    python -m benchmarks.plan_scale [--jobs N]
+    python -m benchmarks.plan_scale [--jobs N] [--rate RPS]
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def made_up(folder: Path) -> str:
 def main() -> None:
     verb = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verb.add_argument("--jobs", type=int, default=2)
+    verb.add_argument("--rate", type=float, default=10.0, help="requests a second (default 10: one replica will do)")
     args = verb.parse_args()
     with tempfile.TemporaryDirectory() as name:
         third = made_up(Path(name) / "made-up")
         prices = {OWN: 2.5, VLLM: 2.5, third: 1.5}
-        scenario = replace(load_scenario("demo-plan"), cost=Cost(prices))
+        demo = load_scenario("demo-plan")
+        scenario = replace(demo, cost=Cost(prices), workload={**demo.workload, "rate_rps": args.rate})
         found = plan(
             scenario, parse_slo("ttft_p99<=1.0s, tpot_p99<=60ms"), Grid(profiles=tuple(prices), jobs=args.jobs)
         )
@@ -51,6 +53,7 @@ def main() -> None:
     print(
         f"adapters {len(found.parts[0].traffic[0].catalogue)}, GPU kinds {len(prices)} (one made up), jobs {args.jobs}"
     )
+    print(f"requests/s {args.rate:g}")
     print(f"plan: {part.replicas} x {Path(part.deployment.profile).name}, max_loras {part.deployment.engine.max_loras}")
     print(f"{found.tried} trials, answered in {found.seconds:.0f} s")
 

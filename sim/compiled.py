@@ -49,6 +49,10 @@ class CompiledState:
         """A new attempt from the beginning, after a failure; its preemptions and skips count on."""
         return CompiledState(self.row, self.arrival_s, self.adapter, earlier=(self.preemptions, self.skips))
 
+    def progress(self) -> tuple[float, float, int]:
+        """First token and finish (nan: not yet), and tokens so far."""
+        return self._facts()[:3]
+
     def _facts(self) -> tuple[float, float, int, int, int]:
         return (np.nan, np.nan, 0, 0, 0) if self.engine is None else self.engine.facts(self.place)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 METRICS = ("ttft", "tpot", "e2el")
 UNITS = {"s": 1.0, "ms": 1e-3}
+LOOK_S = 0.5
+"""Simulated seconds between two looks of a `Watch`."""
+
 _TERM = re.compile(r"(\w+?)_(mean|p\d{1,2}(?:\.\d+)?)\s*<=\s*([0-9.]+(?:e-?\d+)?)\s*(ms|s)")
 
 
@@ -85,20 +88,20 @@ def parse_slo(text: str, attainment: float | None = None) -> Promise:
     return Promise(tuple(limits), attainment)
 
 
-def times_s(tickets: Iterable[Ticket]) -> dict[str, FloatArray]:
+def times_s(tickets: Sequence[Ticket]) -> dict[str, FloatArray]:
     """TTFT, TPOT (nan with one token) and E2E of finished requests, in seconds; `inf` for those that are not."""
-    rows = [_times(ticket) for ticket in tickets]
-    table = np.array(rows, dtype=np.float64).reshape(len(rows), len(METRICS))
-    return {metric: table[:, i] for i, metric in enumerate(METRICS)}
+    arrival, first, finish, emitted = _progress(tickets)
+    there = ~np.isnan(finish)
+    tpot = np.divide(finish - first, emitted - 1, out=np.full(len(finish), math.nan), where=emitted > 1)
+    times = {"ttft": first - arrival, "tpot": tpot, "e2el": finish - arrival}
+    return {metric: np.where(there, column, math.inf) for metric, column in times.items()}
 
 
-def _times(ticket: Ticket) -> tuple[float, float, float]:
-    state = ticket.state
-    if state.first_token_s is None or state.finish_s is None:
-        return math.inf, math.inf, math.inf
-    arrival, several = state.arrival_s, state.emitted > 1
-    tpot = (state.finish_s - state.first_token_s) / (state.emitted - 1) if several else math.nan
-    return state.first_token_s - arrival, tpot, state.finish_s - arrival
+def _progress(tickets: Sequence[Ticket]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Arrival, first token, finish (nan: not yet) and tokens so far of each, float64[n]."""
+    rows = [(ticket.state.arrival_s, *ticket.state.progress()) for ticket in tickets]
+    arrival, first, finish, emitted = np.array(rows, dtype=np.float64).reshape(len(rows), 4).T
+    return arrival, first, finish, emitted
 
 
 def values_of(promise: Promise, times: Mapping[str, FloatArray]) -> dict[str, float]:
@@ -137,35 +140,36 @@ class Watch:
     def next_run(self) -> None:
         """Another run begins."""
         self._seen = 0
-        self._open: list[tuple[Ticket, set[str]]] = []
+        self._open: list[Ticket] = []
+        self._missed = np.zeros((0, len(self._promise.limits)), dtype=np.bool_)
         self._looked_s = 0.0
 
     def __call__(self, fleet: Fleet) -> bool:
         """Whether nothing can save the promise any more."""
         now = fleet.env.now
-        if now - self._looked_s < 0.25:
+        if now - self._looked_s < LOOK_S:
             return False
         self._looked_s = now
-        self._open += [(ticket, set()) for ticket in fleet.tickets[self._seen :]]
+        fresh = fleet.tickets[self._seen :]
         self._seen = len(fleet.tickets)
-        self._open = [(ticket, missed) for ticket, missed in self._open if not self._settle(ticket, missed, now)]
+        self._open += fresh
+        self._missed = np.vstack([self._missed, np.zeros((len(fresh), len(self._promise.limits)), dtype=np.bool_)])
+        self._look(now)
         return self._joint < 0 or any(room < 0 for room in self._room.values())
 
-    def _settle(self, ticket: Ticket, missed: set[str], now: float) -> bool:
-        """Note what this request has missed by now; whether no more can come."""
-        finished = ticket.state.finish_s is not None
-        for limit in self._promise.limits:
-            if limit.name not in missed and _exceeds(limit, ticket, now):
-                self._room[limit.name] -= 1
-                self._joint -= not missed
-                missed.add(limit.name)
-        return finished
-
-
-def _exceeds(limit: Limit, ticket: Ticket, now: float) -> bool:
-    state = ticket.state
-    if limit.metric == "tpot":
-        return state.finish_s is not None and _times(ticket)[1] > limit.limit_s
-    if limit.metric == "e2el":
-        return (now if state.finish_s is None else state.finish_s) - state.arrival_s > limit.limit_s
-    return (now if state.first_token_s is None else state.first_token_s) - state.arrival_s > limit.limit_s
+    def _look(self, now: float) -> None:
+        """Note what the open requests have missed by now; those that finished are closed."""
+        arrival, first, finish, emitted = _progress(self._open)
+        done, before = ~np.isnan(finish), self._missed.any(axis=1)
+        so_far = {
+            "ttft": np.where(np.isnan(first), now, first) - arrival,
+            "tpot": np.divide(finish - first, emitted - 1, out=np.zeros(len(done)), where=done & (emitted > 1)),
+            "e2el": np.where(done, finish, now) - arrival,
+        }
+        for i, limit in enumerate(self._promise.limits):
+            missed = (so_far[limit.metric] > limit.limit_s) & ~self._missed[:, i]
+            self._room[limit.name] -= int(missed.sum())
+            self._missed[:, i] |= missed
+        self._joint -= int((self._missed.any(axis=1) & ~before).sum())
+        self._open = [ticket for ticket, gone in zip(self._open, done.tolist(), strict=True) if not gone]
+        self._missed = self._missed[~done]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from workloads.requests import Request
@@ -37,6 +38,11 @@ class RequestState:
     def again(self) -> RequestState:
         """A new attempt from the beginning, after a failure; its preemptions and skips count on."""
         return RequestState(self.request, self.limit, preemptions=self.preemptions, skips=self.skips)
+
+    def progress(self) -> tuple[float, float, int]:
+        """First token and finish (nan: not yet), and tokens so far."""
+        first_s, finish_s = self.first_token_s, self.finish_s
+        return math.nan if first_s is None else first_s, math.nan if finish_s is None else finish_s, self.emitted
 
     @property
     def tokens(self) -> int:
