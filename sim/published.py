@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from joblib import Parallel, delayed
 
 from backend.base import EngineLimits
 from backend.errors import BackendError
-from backend.from_runs import NEEDED as RUN_COLUMNS
-from backend.from_runs import counted, itl_of, predictor_of, step_costs
+from backend.from_runs import predictor_of
 from backend.geometry import ModelGeometry, load_geometry
 from backend.memory import EXTRA_VOCAB_ROWS_0_8, GIB, memory_plan
 from backend.profile import LoadCurve, Profile
@@ -24,13 +23,13 @@ from backend.replay import ReplayBackend
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
+from sim.front_end import FloatArray, FrontEnd, Passage, SetsSeen, merged_tokens, passage, sets_seen
+from sim.published_grids import PREDICTED
+from sim.published_load import MODELS, Load, load_of
 from sim.run import limits_of
 from sim.tables import RunTables
 from workloads.adapters import TARGET_MODULES, Adapter, Catalogue
 from workloads.requests import RequestTable
-
-MODELS = {"llama-3.1-8b-instruct": ("llama-3.1-8b", "llama31"), "qwen-2.5-7b-instruct": ("qwen2.5-7b", "qwen25")}
-"""A published model -> shipped geometry, and the prefix of its columns in the table of lengths."""
 
 GPU_BYTES = int(63.43 * GIB)
 """Capacity of their GPU, from out-of-memory messages; used where a row has no `gpu_total_gib`."""
@@ -65,6 +64,12 @@ def geometry_of(run: Mapping[Any, Any]) -> ModelGeometry:
     return load_geometry(MODELS[str(run["model"])][0])
 
 
+def gpu_bytes(run: Mapping[Any, Any]) -> int:
+    """Capacity of the row's GPU."""
+    known = float(run.get("gpu_total_gib", np.nan) or np.nan)
+    return int(known * GIB) if known > 0 else GPU_BYTES
+
+
 def kv_blocks(run: Mapping[Any, Any]) -> int:
     """KV blocks that the row's server has by the memory model; 0 where it should refuse to start."""
     limits = EngineLimits(
@@ -73,7 +78,9 @@ def kv_blocks(run: Mapping[Any, Any]) -> int:
         float(str(run["gpu_memory_utilization"])),
     )  # fmt: skip
     try:
-        return memory_plan(geometry_of(run), limits, GPU_BYTES, extra_vocab_rows=EXTRA_VOCAB_ROWS_0_8).num_gpu_blocks
+        return memory_plan(
+            geometry_of(run), limits, gpu_bytes(run), extra_vocab_rows=EXTRA_VOCAB_ROWS_0_8
+        ).num_gpu_blocks
     except BackendError:
         return 0
 
@@ -93,37 +100,39 @@ def boundary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """Requests of a run and its adapters' ranks, made anew from a seed."""
+class Known:
+    """What is known of a model's servers: costs of a step's parts (`from_runs.COSTS`), of the front end, and of other things.
 
-    requests: RequestTable
-    ranks: tuple[int, ...]
+    `ends_per_token`: see `published_load.load_of`; `load_s`: from host memory to a slot; `runs`: ids of those that made it.
+    """
 
+    costs: Mapping[str, float]
+    front_end: FrontEnd
+    ends_per_token: float
+    load_s: float
+    runs: tuple[str, ...]
 
-def load_of(run: Mapping[Any, Any], lengths: pd.DataFrame, window_s: float, seed: int) -> Load:
-    """A Poisson process for each adapter, lengths drawn from the table; which rank meets which rate is not known."""
-    rng = np.random.default_rng(seed)
-    rates = _spread(str(run["adapter_rates"]), "adapter_rates")
-    ranks = _spread(str(run["adapter_ranks"]), "adapter_ranks").astype(int)
-    counts = rng.poisson(rng.permutation(rates) * window_s)
-    adapter = np.repeat(np.arange(1, len(counts) + 1), counts)
-    arrival = rng.uniform(0, window_s, len(adapter))
-    order = np.argsort(arrival, kind="stable")
-    drawn = lengths.iloc[rng.integers(0, len(lengths), len(adapter))]
-    prefix = MODELS[str(run["model"])][1]
-    prompts, outputs = (drawn[f"{prefix}_{kind}_tokens"].to_numpy(dtype=np.int64) for kind in ("input", "output"))
-    return Load(RequestTable(arrival[order], prompts, outputs, adapter[order].astype(np.int64)), tuple(ranks.tolist()))
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Known:
+        """Read what `to_json` wrote."""
+        front = FrontEnd(**data["front_end"])
+        return cls(data["costs"], front, data["ends_per_token"], data["load_s"], tuple(data["runs"]))
 
-
-def _spread(text: str, where: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """A value for each adapter."""
-    pairs = counted(text, where)
-    return np.repeat([value for value, _ in pairs], [count for _, count in pairs])
+    def to_json(self) -> dict[str, object]:
+        """Plain data for `published_costs.json`."""
+        return asdict(self)
 
 
-def run_again(run: Mapping[Any, Any], profile: Profile, lengths: pd.DataFrame, window_s: float, seed: int) -> RunTables:
-    """Simulate the row's server until `window_s`, as its clients ended it; all adapters lay in host memory before."""
-    load = load_of(run, lengths, window_s, seed)
+def profile_of(known: Known, run: Mapping[Any, Any]) -> Profile:
+    """A profile for the row's engine; all its adapters lay in host memory before."""
+    geometry = MODELS[str(run["model"])][0]
+    meta = {"geometry": geometry, "vllm": "0.8.5", "costs": dict(known.costs)}
+    predictor = predictor_of(known.costs, _whole(run, "max_lora_rank"))
+    return Profile(f"vllm-0.8.5-{geometry}", gpu_bytes(run), predictor, FREE, LoadCurve(known.load_s, 1e15), {}, meta)
+
+
+def run_again(run: Mapping[Any, Any], known: Known, load: Load, engine_s: FloatArray, window_s: float) -> RunTables:
+    """Simulate the row's engine until `window_s`, as its clients ended it; its requests reach it at `engine_s`."""
     catalogue = Catalogue(tuple(Adapter(i, str(i), rank, TARGET_MODULES) for i, rank in enumerate(load.ranks, 1)))
     config = EngineConfig(
         max_loras=_whole(run, "max_loras"), max_cpu_loras=max(len(load.ranks), _whole(run, "max_loras")),
@@ -132,28 +141,58 @@ def run_again(run: Mapping[Any, Any], profile: Profile, lengths: pd.DataFrame, w
         block_size=_whole(run, "block_size"), enable_prefix_caching=False, lora_order="set",
         scheduler_reserve_full_isl=False,
     )  # fmt: skip
-    backend = ReplayBackend(profile, geometry_of(run), limits_of(config), kv_blocks(run))
+    asked = load.requests
+    requests = RequestTable(engine_s, asked.prompt_tokens, asked.output_tokens, asked.adapter)
+    backend = ReplayBackend(profile_of(known, run), geometry_of(run), limits_of(config), kv_blocks(run))
     registered = tuple(range(1, len(load.ranks) + 1))
-    return simulate(load.requests, catalogue, config, backend, registered=registered, horizon_s=window_s)
+    return simulate(requests, catalogue, config, backend, registered=registered, horizon_s=window_s)
 
 
-def seen_by_clients(tables: RunTables) -> dict[str, float]:
-    """A run as its clients count it: of requests finished inside the window."""
-    done = tables.requests[tables.requests["status"] == "finished"]
-    ttft = (done["first_token_s"] - done["arrival_s"]).to_numpy() * 1e3
-    decoding = (done["finish_s"] - done["first_token_s"]).sum() * 1e3
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A run made again: what its clients sent, how it passed the front end, and what the engine did."""
+
+    load: Load
+    passage: Passage
+    tables: RunTables
+
+
+def made_again(
+    run: Mapping[Any, Any], known: Known, lengths: pd.DataFrame, window_s: float, seed: int, *, passes: int = 2
+) -> Again:
+    """The run twice: once to see which sets of adapters its metrics collect, then with what reading them costs."""
+    load = load_of(run, lengths, window_s, seed, known.ends_per_token)
+    seen = SetsSeen.none()
+    for number in range(passes):
+        way = passage(load.requests.arrival_s, load.requests.adapter, known.front_end, seen, window_s)
+        tables = run_again(run, known, load, way.engine_s, window_s)
+        if number < passes - 1:
+            seen = sets_seen(tables.requests, tables.steps)
+    return Again(load, way, tables)
+
+
+def seen_by_clients(again: Again, front: FrontEnd) -> dict[str, float]:
+    """A run as its clients count it: of requests finished inside the window; a first token passes the front end on its way out."""
+    requests, steps = again.tables.requests, again.tables.steps
+    done = (requests["status"] == "finished").to_numpy()
+    first, finish = (requests[name].to_numpy()[done] for name in ("first_token_s", "finish_s"))
+    tokens = requests["tokens_emitted"].to_numpy()[done]
+    # A new request's token is the last of its step that the front end writes.
+    step = np.minimum(np.searchsorted(steps["end_s"], first), len(steps) - 1)
+    written = (steps["decode_requests"] + steps["prefill_requests"]).to_numpy()[step] * front.token_s
+    # Whoever was still in front of the engine at the end is in no table.
+    sent = again.load.requests.arrival_s[requests["request_id"].to_numpy()[done]]
+    ttft = (again.passage.out(first + written) - sent) * 1e3
+    # Tokens that wait together for the front end come in one chunk, and count as one.
+    single = 1.0 - merged_tokens(again.passage, steps) / max(1, steps["decode_requests"].sum())
     return {
-        "output_throughput_tok_s": float(done["tokens_emitted"].sum() / tables.horizon_s),
-        "itl_mean_ms": float(decoding / (done["tokens_emitted"] - 1).sum()),
+        "output_throughput_tok_s": float(tokens.sum() / again.tables.horizon_s),
+        "itl_mean_ms": float((finish - first).sum() * 1e3 / ((tokens - 1).sum() * single)),
         "ttft_mean_ms": float(ttft.mean()),
         "ttft_median_ms": float(np.median(ttft)),
         "ttft_p99_ms": float(np.percentile(ttft, 99)),
     }
 
-
-PREDICTED = ("output_throughput_tok_s", "itl_mean_ms", "ttft_mean_ms", "ttft_median_ms", "ttft_p99_ms")
-LOAD_S = {"llama-3.1-8b-instruct": 0.0075, "qwen-2.5-7b-instruct": 0.0033}
-"""Seconds from host memory to a slot as published beside the runs (`loading.csv`)."""
 
 TRAINING_SHARE = 10
 """One in so many clean rows of a model, in file order, says what steps cost; the others are predicted."""
@@ -161,7 +200,7 @@ TRAINING_SHARE = 10
 
 def clean(runs: pd.DataFrame) -> pd.DataFrame:
     """Rows whose client delivered the load (`client_flag` clean). Raises `ScenarioError` for columns that are not there."""
-    if missing := [name for name in (*RUN_COLUMNS, "client_flag", *PREDICTED) if name not in runs.columns]:
+    if missing := [name for name in ("client_flag", *PREDICTED) if name not in runs.columns]:
         raise ScenarioError(f"--runs: no column {missing[0]}, which predicting them needs")
     return runs[(runs["status"] == "ok") & (runs["client_flag"] == "clean")].reset_index(drop=True)
 
@@ -171,53 +210,23 @@ def training(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.groupby("model").cumcount() % TRAINING_SHARE == 0]
 
 
-def unseen(rows: pd.DataFrame, costs: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows that did not make the costs."""
-    made = {run for known in costs.values() for run in known["runs"]}
+def unseen(rows: pd.DataFrame, known: Mapping[str, Known]) -> pd.DataFrame:
+    """The rows that did not make what is known."""
+    made = {run for model in known.values() for run in model.runs}
     return rows[~rows["run_id"].isin(made)]
 
 
-def costs_of(training: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """What a step costs, by model, from its training rows alone, and their ids: the content of `published_costs.json`."""
-    return {
-        str(model): {"costs": step_costs(rows), "runs": rows["run_id"].tolist()}
-        for model, rows in training.groupby("model")
-    }
-
-
-def shipped_costs() -> dict[str, Any]:
-    """`costs_of` as shipped, made by `python -m benchmarks.published_runs`."""
-    return dict(json.loads((files("sim") / "published_costs.json").read_text()))
-
-
-def profiles_of(costs: Mapping[str, Any]) -> dict[str, Profile]:
-    """A profile a model. They know nothing of context lengths, and are for these runs alone."""
-    made = {}
-    for model, known in costs.items():
-        geometry, load = MODELS[model][0], LoadCurve(LOAD_S[model], 1e15)
-        meta = {"geometry": geometry, "vllm": "0.8.5", "costs": known["costs"]}
-        name = f"vllm-0.8.5-{geometry}"
-        made[model] = Profile(name, GPU_BYTES, predictor_of(known["costs"]), FREE, load, {}, meta)
-    return made
-
-
-def itl_errors(rows: pd.DataFrame, costs: Mapping[str, Any]) -> pd.DataFrame:
-    """Mean ITL of clean rows that did not make the costs, from the batch that their servers had, a line a model."""
-    lines = []
-    for model, own in unseen(rows, costs).groupby("model"):
-        predicted, measured = itl_of(own, costs[str(model)]["costs"]), own["itl_mean_ms"].to_numpy(float)
-        finite = np.isfinite(predicted)
-        error = np.full(len(own), 2.0)
-        error[finite] = 2 * np.abs(predicted - measured)[finite] / (predicted + measured)[finite]
-        lines.append({"model": model, "runs": len(own), "smape": error.mean(), "p90": float(np.quantile(error, 0.9))})
-    return pd.DataFrame(lines)
+def shipped() -> dict[str, Known]:
+    """What is known by model, as shipped: `python -m benchmarks.published_runs --fit` makes it."""
+    data = json.loads((files("sim") / "published_costs.json").read_text())
+    return {model: Known.from_json(known) for model, known in data.items()}
 
 
 def predict(
-    run: Mapping[Any, Any], profile: Profile, lengths: pd.DataFrame, window_s: float, seed: int
+    run: Mapping[Any, Any], known: Known, lengths: pd.DataFrame, window_s: float, seed: int
 ) -> dict[str, object]:
     """What the row's clients saw, as `measured_*` and `predicted_*`."""
-    seen = seen_by_clients(run_again(run, profile, lengths, window_s, seed))
+    seen = seen_by_clients(made_again(run, known, lengths, window_s, seed), known.front_end)
     kept = ("run_id", "model", "max_loras", "n_adapters", "max_lora_rank", "workload_group", "offered_rps")
     row: dict[str, object] = {key: run[key] for key in kept if key in run}
     for name in PREDICTED:
@@ -225,43 +234,17 @@ def predict(
     return {**row, "seed": seed, "window_s": window_s}
 
 
-def read_lengths(file: Path) -> pd.DataFrame:
-    """Prompt and output lengths to draw from, a pair of columns a model. Raises `ScenarioError`."""
-    needed = [f"{prefix}_{kind}_tokens" for _, prefix in MODELS.values() for kind in ("input", "output")]
-    try:
-        table = pd.read_csv(file)
-    except FileNotFoundError as error:
-        raise ScenarioError(f"{file}: no such file") from error
-    if missing := [name for name in needed if name not in table.columns]:
-        raise ScenarioError(f"{file}: has no column {missing[0]}; needs {', '.join(needed)}")
-    return table
-
-
 def predictions(
     runs: pd.DataFrame, lengths: pd.DataFrame, *, every: int, seeds: int, window_s: float | None, jobs: int = -1
 ) -> pd.DataFrame:
-    """`predict` of every `every`-th clean row that did not make the shipped costs, on all cores."""
-    costs = shipped_costs()
-    chosen = unseen(clean(runs), costs).iloc[::every].to_dict("records")
+    """`predict` of every `every`-th clean row that did not make what is shipped, on all cores."""
+    known = shipped()
+    chosen = unseen(clean(runs), known).iloc[::every].to_dict("records")
     if not chosen:
         raise ScenarioError("--runs: no clean row of vLLM 0.8.5 that did not make the costs")
-    profiles = profiles_of(costs)
     rows = Parallel(n_jobs=jobs)(
-        delayed(predict)(run, profiles[str(run["model"])], lengths, window_s or float(str(run["window_s"])), seed)
+        delayed(predict)(run, known[str(run["model"])], lengths, window_s or float(str(run["window_s"])), seed)
         for run in chosen
         for seed in range(seeds)
     )
-    return pd.DataFrame(rows)
-
-
-def smape(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each metric: mean and p90 of 2|p − m| / (p + m), and the median of p / m − 1."""
-    rows = []
-    for name in PREDICTED:
-        measured, predicted = table[f"measured_{name}"], table[f"predicted_{name}"]
-        error = 2 * (predicted - measured).abs() / (predicted + measured)
-        bias = float((predicted / measured - 1).median())
-        rows.append(
-            {"metric": name, "runs": len(table), "smape": error.mean(), "p90": error.quantile(0.9), "bias": bias}
-        )
     return pd.DataFrame(rows)

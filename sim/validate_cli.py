@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _validate_runs(args: argparse.Namespace) -> None:
-    from sim.published import boundary, predictions, read_lengths, read_runs, smape
+    from sim.published import boundary, predictions, read_runs
+    from sim.published_grids import coverage, decisions, smape
+    from sim.published_load import read_lengths
 
     for flag, value in (("every", args.every), ("seeds", args.seeds), ("window-s", args.window_s)):
         if value is not None and not 0 < value < float("inf"):
@@ -73,4 +75,6 @@ def _validate_runs(args: argparse.Namespace) -> None:
             runs, read_lengths(args.lengths), every=args.every, seeds=args.seeds, window_s=args.window_s
         )
         print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-        print(smape(table).to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+        for judged in (smape(table), coverage(table), decisions(table)):
+            if len(judged):
+                print(judged.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
