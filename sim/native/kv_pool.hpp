@@ -70,7 +70,7 @@ class KvPool {
             if (needed(state, tokens, with_found) > free_) return false;
             hand_out(state, tokens, begins);
         }
-        if (caching && tokens / block_size > state.registered) register_full(state, std::min(tokens, state.tokens()));
+        if (caching && tokens >= (state.registered + 1) * block_size) register_full(state, std::min(tokens, state.tokens()));
         return true;
     }
 
@@ -79,8 +79,8 @@ class KvPool {
 
     // Makes the full blocks among the first `tokens` tokens findable.
     void register_full(State& state, Int tokens) {
+        if (!caching || tokens < (state.registered + 1) * block_size) return;
         const Int full = tokens / block_size;
-        if (!caching || full <= state.registered) return;
         for (Int index = state.registered; index < full; ++index) publish(state, index);
         state.registered = full;
     }

@@ -64,13 +64,15 @@ struct Adapters {
 struct State {
     Int row, prompt, limit, adapter, priority;
     double arrival_s;
+    // What every step reads lies together.
     Int computed = 0, emitted = 0, placeholders = 0, held = 0, registered = 0;
-    Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0, passes = 0;
+    double first_token_s = NEVER;
     bool preempted = false, done = false, waiting = true;
-    double first_scheduled_s = NEVER, first_token_s = NEVER, finish_s = NEVER;
-    std::vector<int> blocks;                     // with prefix caching; `held` counts them without
-    std::vector<std::pair<Int, Int>> prefix;     // with prefix caching
-    std::vector<int> own;                        // with prefix caching: findable block of each own index, or -1
+    Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0, passes = 0;
+    double first_scheduled_s = NEVER, finish_s = NEVER;
+    std::vector<int> blocks;                  // with prefix caching; `held` counts them without
+    std::vector<std::pair<Int, Int>> prefix;  // with prefix caching
+    std::vector<int> own;                     // with prefix caching: findable block of each own index, or -1
 
     Int tokens() const { return prompt + emitted; }
 };
