@@ -119,6 +119,19 @@ def start_up(folder: Path, runs: int = 5) -> float:
     return sorted(times)[runs // 2]
 
 
+def price(folder: Path) -> str:
+    """What the compiled loop costs: seconds to compile, KiB on disk, and milliseconds to import."""
+    root = Path(__file__).parents[1]
+    started = time.perf_counter()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    compiled_s = time.perf_counter() - started
+    size = sum(file.stat().st_size for file in (folder / "sim").glob("_native*"))
+    code = "import time, numpy; t = time.perf_counter(); from sim import _native; print(time.perf_counter() - t)"
+    imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return f"compiled in {compiled_s:.0f} s, {size / 1024:.0f} KiB, imported in {1e3 * float(imported):.1f} ms"
+
+
 def growth(folder: Path) -> list[dict[str, object]]:
     """Rows of all that may grow."""
     rows = []
@@ -166,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_line(elsewhere(servegen(args.requests, folder), step_rows=args.step_rows)))
         print(f"multilora run, 100 requests, from a cold process: {start_up(folder):.2f} s")
         if args.grow:
+            print(f"the compiled loop: {price(folder)}")
             rows = growth(folder)
             of = [row for row in rows if row["grows"] == "requests"]
             print(f"seconds grow as requests to the power of {exponent(of[1:]):.3f} (10^5 to 10^6)")

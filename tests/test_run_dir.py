@@ -209,3 +209,13 @@ def test_a_run_step_by_step_writes_the_same_files(tmp_path: Path) -> None:
         assert main(["run", str(file), "--duration-s", "20", "--out", str(folders[-1])]) == 0
     for table in ("requests", "steps", "adapters", "moves"):
         assert (folders[0] / f"{table}.parquet").read_bytes() == (folders[1] / f"{table}.parquet").read_bytes()
+
+
+def test_a_replay_imports_neither_torch_nor_scipy(tmp_path: Path) -> None:
+    """Start-up counts: a profile is replayed without what measures or fits one."""
+    code = (
+        "import sys; from sim.cli import main; assert main(sys.argv[1:]) == 0;"
+        " slow = {'torch', 'scipy', 'joblib', 'matplotlib.pyplot'} & sys.modules.keys(); assert not slow, slow"
+    )
+    run = ["run", "demo-azure", "--duration-s", "5", "--out", str(tmp_path / "run")]
+    subprocess.run([sys.executable, "-c", code, *run], check=True, capture_output=True, cwd=tmp_path)
