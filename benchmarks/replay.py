@@ -49,12 +49,12 @@ def servegen(requests: int, folder: Path) -> dict[str, object]:
 
 def synthetic(requests: int, adapters: int, replicas: int, seqs: int = 128, output: int = 150) -> dict[str, object]:
     """Poisson arrivals whose rate goes with `max_num_seqs` and the inverse of the output length; a real batch, no overload."""
-    rate = 24.0 * replicas * (seqs / 128) * (150 / output)
+    rate = 20.0 * replicas * (seqs / 128) * (150 / output)
     fleet = {"replicas": replicas, "router": "least_outstanding"} if replicas > 1 else {}
     return {
         "model": {"geometry": "llama-3.1-8b"},
         "engine": {
-            "max_loras": 32, "max_cpu_loras": max(32, adapters), "max_lora_rank": 16, "max_model_len": 16384,
+            "max_loras": 128, "max_cpu_loras": max(128, adapters), "max_lora_rank": 16, "max_model_len": 16384,
             "max_num_seqs": seqs,
         },
         "adapters": {"count": adapters, "rank": 16},

@@ -124,20 +124,18 @@ class Engine {
         Flight& flight = spare();
         Plan& plan = flight.plan;
         scheduler.schedule(plan);
-        Int sampled = 0, cached = 0;
-        for (std::size_t i = 0; i < plan.items.size(); ++i) {
+        Int cached = 0;
+        for (std::size_t i = static_cast<std::size_t>(plan.running); i < plan.items.size(); ++i) {
             const Item& item = plan.items[i];
-            sampled += item.samples;
-            if (static_cast<Int>(i) < plan.running) continue;
             cached += item.found;
             if (std::isnan(item.state->first_scheduled_s)) {
                 item.state->first_scheduled_s = now_s;
                 item.state->cached_tokens = item.found;
             }
         }
-        note_progress(static_cast<Int>(plan.preempted.size()), sampled);
+        note_progress(static_cast<Int>(plan.preempted.size()), plan.sampled);
         if (plan.tokens == 0) return nullptr;
-        launch(flight, sampled, cached);
+        launch(flight, cached);
         return &flight;
     }
 
@@ -147,11 +145,11 @@ class Engine {
         if (preemptions_ > 1000 + 10 * config.max_num_seqs) throw LivelockError(std::to_string(preemptions_));
     }
 
-    void launch(Flight& flight, Int sampled, Int cached) {
+    void launch(Flight& flight, Int cached) {
         const Plan& plan = flight.plan;
         StepRow& row = flight.row = StepRow{};
         bool plain = plan.admitted() == 0 && plan.preempted.empty() &&
-                     plan.items.size() == scheduler.running.size() && sampled == static_cast<Int>(plan.items.size());
+                     plan.items.size() == scheduler.running.size() && plan.sampled == static_cast<Int>(plan.items.size());
         ++steps_seen_;
         used_.clear();
         sum_.begin();
@@ -243,9 +241,7 @@ class Engine {
     }
 
     void land(Flight& flight) {
-        scheduler.update(flight.plan, done_);
-        for (const Item& item : flight.plan.items)
-            if (item.samples && std::isnan(item.state->first_token_s)) item.state->first_token_s = now_s;
+        scheduler.update(flight.plan, now_s, done_);
         for (State* state : done_) state->finish_s = now_s;
         finished += static_cast<Int>(done_.size());
         if (!done_.empty()) steady_ = false;

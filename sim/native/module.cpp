@@ -113,7 +113,7 @@ PYBIND11_MODULE(_native, m) {
                           std::vector<double> lora_knots, std::vector<double> device, std::vector<double> host,
                           std::vector<double> launch, std::array<double, BOUNDED> low, std::array<double, BOUNDED> high,
                           Int lora_rows) {
-            costs.regimes[name] = {std::move(knots), std::move(lora_knots), std::move(device), std::move(host),
+            (name == "eager" ? costs.eager : name == "decode" ? costs.decode : costs.mixed) = Regime{std::move(knots), std::move(lora_knots), std::move(device), std::move(host),
                                    std::move(launch), low, high, lora_rows};
         });
 

@@ -20,19 +20,19 @@ inline bool Engine::repeat(double until_s, bool last) {
     Int most = std::numeric_limits<Int>::max();
     for (const State* s : scheduler.running) most = std::min(most, s->limit - s->emitted - 1);
     if (most < 2) return false;
-    sort_by_remainder();
     Features f = sum_.f;
     f.after_prompts = false;
     Int steps = 0;
     for (; steps < most && !full() && (last ? now_s <= until_s : now_s < until_s); ++steps) {
-        const std::vector<int>& fresh = bucket(steps);
-        if (static_cast<Int>(fresh.size()) > pool.free()) break;
         f.kv_tokens += f.requests;
         f.max_kv += 1;
         const Timing timing = costs_->predict(f);
         const double gpu_s = std::max(now_s + 0.0 + timing.host_s, gpu_free_s_) + 0.0 + timing.device_s;
         const double landed_s = now_s + std::max(0.0, (lags ? latest.end_s : gpu_s) - now_s);
         if (landed_s > until_s) break;
+        if (steps == 0) sort_by_remainder();
+        const std::vector<int>& fresh = bucket(steps);
+        if (static_cast<Int>(fresh.size()) > pool.free()) break;
         if (pool.caching) take_blocks(fresh, steps);
         else pool.take(static_cast<Int>(fresh.size()));
         StepRow before = latest.row;

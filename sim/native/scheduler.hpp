@@ -18,7 +18,7 @@ struct Item {
 
 // sim/scheduler.py, StepPlan: the first `running` items ran before, the others are admitted.
 struct Plan {
-    Int budget = 0, running = 0, tokens = 0;
+    Int budget = 0, running = 0, tokens = 0, sampled = 0;
     std::vector<Item> items;
     std::vector<State*> preempted;
     std::vector<State*> skipped;  // passed over, where the line was not looked through to its end
@@ -29,7 +29,7 @@ struct Plan {
     Int admitted() const { return static_cast<Int>(items.size()) - running; }
     void begin(Int tokens_at_most) {
         budget = tokens_at_most;
-        running = tokens = 0;
+        running = tokens = sampled = 0;
         items.clear();
         preempted.clear();
         skipped.clear();
@@ -59,12 +59,14 @@ class Scheduler {
         for (Item& item : plan.items) advance(item, plan);
     }
 
-    // Applies a step's outcome; fills `finished`.
-    void update(const Plan& plan, std::vector<State*>& finished) {
+    // Applies the outcome of a step that ends at `now_s`; fills `finished`.
+    void update(const Plan& plan, double now_s, std::vector<State*>& finished) {
         finished.clear();
         for (const Item& item : plan.items) {
             State& state = *item.state;
-            if (!item.samples || state.done) continue;
+            if (!item.samples) continue;
+            if (std::isnan(state.first_token_s)) state.first_token_s = now_s;
+            if (state.done) continue;
             ++state.emitted;
             if (state.placeholders && !state.preempted) {
                 --state.placeholders;
@@ -212,6 +214,7 @@ class Scheduler {
         plan.tokens += item.tokens;
         state.computed += item.tokens;
         item.samples = state.computed == state.tokens() + state.placeholders;
+        plan.sampled += item.samples;
         state.placeholders += item.samples && config_.async_scheduling;
     }
 

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <functional>
-#include <map>
 #include <memory>
+#include <optional>
 
 #include "records.hpp"
 
@@ -102,7 +102,7 @@ struct Timing { double device_s, host_s; bool extrapolated; };
 class StepCosts {
   public:
     std::vector<Int> graph_sizes;
-    std::map<std::string, Regime> regimes;
+    std::optional<Regime> eager, decode, mixed;
     FeatureSizes sizes{};
     double factor = 1.0;  // of all steps, for a what-if
 
@@ -117,13 +117,10 @@ class StepCosts {
 
   private:
     const Regime& regime(const Features& f, Int& size) const {
-        const char* name = "eager";
-        if (!graph_sizes.empty() && f.rows <= graph_sizes.back()) {
-            name = f.decode_only ? "decode" : "mixed";
-            size = *std::lower_bound(graph_sizes.begin(), graph_sizes.end(), f.rows);
-        }
-        const auto at = regimes.find(name);
-        return at == regimes.end() ? regimes.at("eager") : at->second;
+        if (graph_sizes.empty() || f.rows > graph_sizes.back()) return *eager;
+        size = *std::lower_bound(graph_sizes.begin(), graph_sizes.end(), f.rows);
+        const std::optional<Regime>& captured = f.decode_only ? decode : mixed;
+        return captured ? *captured : *eager;
     }
 
     static void hat(double& total, Int value, const std::vector<double>& knots, const double* c) {
