@@ -32,6 +32,7 @@ class KvPool {
         if (!caching) return;
         const int end = static_cast<int>(total);
         blocks_.resize(static_cast<std::size_t>(total) + 1);
+        keys_.resize(static_cast<std::size_t>(total));
         blocks_[end].prev = blocks_[end].next = end;
         for (int b = 0; b < end; ++b) link(blocks_[end].prev, b, end);
     }
@@ -93,7 +94,7 @@ class KvPool {
                 Block& block = blocks_[*b];
                 if (--block.owners == 0) {
                     const int end = static_cast<int>(total);
-                    if (block.keyed) link(blocks_[end].prev, *b, end);
+                    if (block.index >= 0) link(blocks_[end].prev, *b, end);
                     else link(end, *b, blocks_[end].next);
                     ++free_;
                 }
@@ -113,10 +114,9 @@ class KvPool {
     struct Block {
         int prev = -1, next = -1;    // in the free list, a ring around the entry `total`
         int older = -1, newer = -1;  // in the ring of copies of one key
-        Int owners = 0;
-        bool keyed = false;
-        State* own = nullptr;  // the request whose own block it is, or none: `key`
-        SharedKey key{0, 0, 0};
+        int owners = 0;
+        int index = -1;        // which block of a request it is; -1: it cannot be found
+        State* own = nullptr;  // the request whose own block it is, or none: it has a key in `keys_`
     };
 
     void link(int before, int block, int after) {
@@ -151,11 +151,11 @@ class KvPool {
         const int b = state.blocks[index];
         const Int id = shared_id(state, index);
         Block& block = blocks_[b];
-        block.keyed = true;
+        block.index = static_cast<int>(index);
         block.own = id < 0 ? &state : nullptr;
-        block.key = {state.adapter, id, index};
-        if (id < 0 && index >= static_cast<Int>(state.own.size())) state.own.resize(index + 1, -1);
-        int& first = id < 0 ? state.own[index] : shared_.try_emplace(block.key, -1).first->second;
+        if (id >= 0) keys_[b] = {state.adapter, id, index};
+        else if (index >= static_cast<Int>(state.own.size())) state.own.resize(index + 1, -1);
+        int& first = id < 0 ? state.own[index] : shared_.try_emplace(keys_[b], -1).first->second;
         if (first < 0) {
             first = block.older = block.newer = b;
             return;
@@ -170,17 +170,18 @@ class KvPool {
     // A block that is given away can no longer be found.
     void forget(int b) {
         Block& block = blocks_[b];
-        block.keyed = false;
+        const int index = block.index;
+        block.index = -1;
         if (block.own != nullptr && block.own->done) return;
         const bool alone = block.newer == b;
         blocks_[block.older].newer = block.newer;
         blocks_[block.newer].older = block.older;
         if (block.own != nullptr) {
-            int& first = block.own->own[block.key.index];
+            int& first = block.own->own[index];
             if (first == b) first = alone ? -1 : block.newer;
             return;
         }
-        const auto at = shared_.find(block.key);
+        const auto at = shared_.find(keys_[b]);
         if (at->second != b) return;
         if (alone) shared_.erase(at);
         else at->second = block.newer;
@@ -206,7 +207,7 @@ class KvPool {
             const int b = blocks_[end].next;
             unlink(b);
             blocks_[b].owners = 1;
-            if (blocks_[b].keyed) forget(b);
+            if (blocks_[b].index >= 0) forget(b);
             state.blocks.push_back(b);
         }
         state.held = static_cast<Int>(state.blocks.size());
@@ -214,6 +215,7 @@ class KvPool {
 
     Int free_;
     std::vector<Block> blocks_;
+    std::vector<SharedKey> keys_;
     std::unordered_map<SharedKey, int, SharedKeyHash> shared_;
 };
 

@@ -35,10 +35,16 @@ inline bool Engine::repeat(double until_s, bool last) {
         if (static_cast<Int>(fresh.size()) > pool.free()) break;
         if (pool.caching) take_blocks(fresh, steps);
         else pool.take(static_cast<Int>(fresh.size()));
-        StepRow before = latest.row;
-        fly(latest, timing, 0.0, 0.0);
-        now_s = landed_s;
-        record(lags ? before : latest.row);
+        if (lags) {
+            StepRow before = latest.row;
+            fly(latest, timing, 0.0, 0.0);
+            now_s = landed_s;
+            record(before);
+        } else {
+            fly(latest, timing, 0.0, 0.0);
+            now_s = landed_s;
+            record(latest.row);
+        }
     }
     if (steps == 0) return false;
     after_prompts_ = false;
