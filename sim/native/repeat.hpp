@@ -22,11 +22,10 @@ inline bool Engine::repeat(double until_s, bool last) {
     if (most < 2) return false;
     Features f = sum_.f;
     f.after_prompts = false;
+    StepCosts::Decodes decodes(*costs_, f);
     Int steps = 0;
     for (; steps < most && !full() && (last ? now_s <= until_s : now_s < until_s); ++steps) {
-        f.kv_tokens += f.requests;
-        f.max_kv += 1;
-        const Timing timing = costs_->predict(f);
+        const Timing timing = decodes.next();
         const double gpu_s = std::max(now_s + 0.0 + timing.host_s, gpu_free_s_) + 0.0 + timing.device_s;
         const double landed_s = now_s + std::max(0.0, (lags ? latest.end_s : gpu_s) - now_s);
         if (landed_s > until_s) break;

@@ -89,6 +89,7 @@ class FeatureSum {
     std::vector<Int> keys_, tiles_;
 };
 
+constexpr int REST = 12;    // terms of backend/predictor.py, TERMS, but for the first two
 constexpr int BOUNDED = 7;  // backend/predictor.py, BOUNDED
 
 struct Regime {
@@ -115,6 +116,44 @@ class StepCosts {
         return {device * factor, host * factor, !contains(r, f)};
     }
 
+    // Decodes that are alike but for their contexts, which all grow by a token a step: what of their cost stays is added up once.
+    class Decodes {
+      public:
+        Decodes(const StepCosts& costs, const Features& f) : costs_(costs), f_(f) {
+            Int size = f.rows;
+            regime_ = &costs.regime(f, size);
+            tail_tokens_ = f.decodes > costs.sizes.split_decodes ? std::max<Int>(0, costs.sizes.decodes_at_once - f.decodes) : 0;
+            const double* c = costs.hats_s(*regime_, f, size, base_);
+            kv_ = c[0];
+            tail_ = c[1];
+            const auto rest = rest_of(f, size, costs.sizes);
+            for (std::size_t i = 0; i < rest.size(); ++i)
+                if (const double product = c[2 + i] * static_cast<double>(rest[i]); product != 0.0) rest_[count_++] = product;
+            host_ = host_s(regime_->host, f);
+            launch_ = regime_->launch.empty() ? 0.0 : host_s(regime_->launch, f);
+        }
+        // One token more in every context.
+        Timing next() {
+            f_.kv_tokens += f_.requests;
+            f_.max_kv += 1;
+            double device = base_;
+            device += kv_ * static_cast<double>(f_.kv_tokens);
+            device += tail_ * static_cast<double>(f_.kv_tail + tail_tokens_ * f_.max_kv);
+            for (int i = 0; i < count_; ++i) device += rest_[i];
+            if (!regime_->launch.empty()) device = std::max(device, launch_);
+            return {device * costs_.factor, host_ * costs_.factor, !contains(*regime_, f_)};
+        }
+
+      private:
+        const StepCosts& costs_;
+        Features f_;
+        const Regime* regime_;
+        Int tail_tokens_;
+        double base_ = 0.0, kv_, tail_, host_, launch_;
+        double rest_[REST];
+        int count_ = 0;
+    };
+
   private:
     const Regime& regime(const Features& f, Int& size) const {
         if (graph_sizes.empty() || f.rows > graph_sizes.back()) return *eager;
@@ -136,20 +175,31 @@ class StepCosts {
         total += c[right] * share;
     }
 
-    double device_s(const Regime& r, const Features& f, Int size) const {
-        double total = 0.0;
+    // Adds what goes by rows to `total`, and returns the coefficients of the other terms.
+    const double* hats_s(const Regime& r, const Features& f, Int size, double& total) const {
         const double* c = r.device.data();
         hat(total, size, r.knots, c);
         c += r.knots.size();
         if (f.active_adapters) hat(total, (size + r.lora_rows - 1) / r.lora_rows * r.lora_rows, r.lora_knots, c);
-        c += r.lora_knots.size();
-        const Int idle = f.decodes > sizes.split_decodes ? std::max<Int>(0, sizes.decodes_at_once - f.decodes) * f.max_kv : 0;
+        return c + r.lora_knots.size();
+    }
+
+    // The terms (backend/predictor.py, TERMS) after the first two, which grow with every decode.
+    static std::array<Int, REST> rest_of(const Features& f, Int size, const FeatureSizes& sizes) {
         const Int slot_tiles = (f.idle_slots + f.active_adapters) * ((size + sizes.grid_rows - 1) / sizes.grid_rows);
         const Int wide_adapters = size >= sizes.wide_rows ? f.active_adapters : 0;
         const Int prompt_rows = f.active_adapters ? f.rows - f.decodes : 0;
-        for (Int term : {f.kv_tokens, f.kv_tail + idle, f.prefill_keys, f.prefill_tail, f.requests, f.active_adapters,
-                         f.rank_sum, f.max_rank, f.lora_tiles, f.row_rank, f.idle_slots, slot_tiles, wide_adapters, prompt_rows})
-            total += *c++ * static_cast<double>(term);
+        return {f.prefill_keys, f.prefill_tail, f.requests, f.active_adapters, f.rank_sum, f.max_rank, f.lora_tiles,
+                f.row_rank, f.idle_slots, slot_tiles, wide_adapters, prompt_rows};
+    }
+
+    double device_s(const Regime& r, const Features& f, Int size) const {
+        double total = 0.0;
+        const double* c = hats_s(r, f, size, total);
+        const Int idle = f.decodes > sizes.split_decodes ? std::max<Int>(0, sizes.decodes_at_once - f.decodes) * f.max_kv : 0;
+        total += *c++ * static_cast<double>(f.kv_tokens);
+        total += *c++ * static_cast<double>(f.kv_tail + idle);
+        for (Int term : rest_of(f, size, sizes)) total += *c++ * static_cast<double>(term);
         return total;
     }
 
