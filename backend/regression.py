@@ -44,11 +44,6 @@ def _nonnegative(
     return tuple(given.tolist())
 
 
-def least_relative(matrix: FloatArray, target: FloatArray) -> tuple[float, ...]:
-    """Coefficients >= 0 of the least relative error."""
-    return _nonnegative(matrix, target, 1.0 / target, {})
-
-
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What is known of an engine whose steps are fitted.

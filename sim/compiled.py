@@ -18,7 +18,7 @@ import simpy
 from sim.compiled_inputs import Shared, _native
 from sim.errors import AdapterError, IntegrityError
 from sim.integrity import livelock
-from sim.tables import STATUSES, AdapterUse, MoveRow, StepRow, StepTotals, row_frame
+from sim.tables import AdapterUse, MoveRow, StepRow, StepTotals, row_frame
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -55,11 +55,6 @@ class CompiledState:
 
     def _facts(self) -> tuple[float, float, int, int, int]:
         return (np.nan, np.nan, 0, 0, 0) if self.engine is None else self.engine.facts(self.place)
-
-    @property
-    def first_token_s(self) -> float | None:
-        at_s = self._facts()[0]
-        return None if math.isnan(at_s) else at_s
 
     @property
     def finish_s(self) -> float | None:
@@ -163,11 +158,6 @@ class CompiledReplica:
             self._kept.append(taken)
         else:
             self._on_rows(step_frame(taken[0]), move_frame(taken[1]))
-
-    def running_rows(self) -> set[int]:
-        """Rows of the running requests."""
-        states = self.states()
-        return set(states["row"][states["status"] == STATUSES.index("running")].tolist())
 
     @property
     def now_s(self) -> float:

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from sim.fleet import Fleet
-from sim.tables import ASKED, NOT_SENT, AdapterUse, RunTables, adapter_table, request_frame, request_table
+from sim.tables import ASKED, NOT_SENT, AdapterUse, RunTables, StepTotals, adapter_table, request_frame, request_table
 
 if TYPE_CHECKING:
     from sim.compiled import CompiledReplica, CompiledState
+    from sim.replica import Replica
     from sim.state import RequestState
 
 
@@ -30,12 +31,12 @@ def fleet_tables(fleet: Fleet) -> RunTables:
     adapters = adapter_table(fleet.catalogue, uses, requests)
     adapters["replicas"] = [homes.get(adapter, 0) for adapter in adapters["adapter"]]
     steps, moves = _joined(fleet)
-    totals = tuple(engine.totals for member in fleet.members for engine in member.lives)
+    totals = tuple(StepTotals.summed(engine.totals for engine in member.lives) for member in fleet.members)
     return RunTables(requests, steps, adapters, fleet.end_s, moves, replica_table(fleet, requests), totals)
 
 
 def _requests(fleet: Fleet) -> pd.DataFrame:
-    current = set().union(*(member.engine.running_rows() for member in fleet.members))
+    current = set().union(*(cast("Replica", member.engine).running_rows() for member in fleet.members))
     return request_table([cast("RequestState", ticket.state) for ticket in fleet.tickets], current)
 
 

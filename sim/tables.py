@@ -84,6 +84,16 @@ class StepTotals:
         self.usage_s += usage * length_s
         self.max_usage = max(self.max_usage, usage)
 
+    @classmethod
+    def summed(cls, parts: Iterable[StepTotals]) -> StepTotals:
+        """Of several engines that were one replica, one after the other."""
+        out = cls()
+        for part in parts:
+            for f in fields(cls):
+                mine, theirs = getattr(out, f.name), getattr(part, f.name)
+                setattr(out, f.name, max(mine, theirs) if f.name == "max_usage" else mine + theirs)
+        return out
+
 
 @dataclass(slots=True)
 class AdapterUse:
@@ -100,7 +110,7 @@ class AdapterUse:
 class RunTables:
     """A run's result: one row per request, step, adapter and adapter move, and the clock at the end.
 
-    `totals`: of the steps, an entry an engine; `steps` and `moves` are empty where a run was told to keep no step rows.
+    `totals`: of the steps, an entry a replica; `steps` and `moves` are empty where a run was told to keep no step rows.
     `replicas`: one row per replica of a fleet (`sim.fleet_tables`); None for a single engine.
     """
 

@@ -23,7 +23,8 @@ from sim.fleet_member import NOWHERE
 from sim.fleet_tables import fleet_tables
 from sim.placement import PLACEMENTS
 from sim.router import ROUTERS
-from sim.run import run_scenario
+from sim.run import execute, run_scenario
+from sim.scenario import load_scenario
 from workloads.adapters import Catalogue
 from workloads.requests import RequestTable
 
@@ -260,3 +261,18 @@ def test_the_shipped_fleet_runs_again_from_what_it_wrote(tmp_path: Path, capsys:
 def test_one_machine_is_no_fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "demo-fleet", "--backend", "cpu", "--out", str(tmp_path / "o")]) == 2
     assert "fleet: needs backend.kind profile" in capsys.readouterr().err
+
+
+def test_a_replica_that_fails_and_comes_back_is_one_in_the_totals() -> None:
+    """`load_share` is over replicas, however many engines each of them was."""
+    tables, summary, _ = execute(load_scenario("demo-fleet"))
+    steps = tables.steps
+    assert tables.replicas is not None
+    assert tables.replicas["failures"].sum() > 0
+    engines = steps["replica"].nunique()
+    assert summary["steps"] == len(steps)
+    assert summary["load_share"] == pytest.approx(steps["load_s"].sum() / tables.horizon_s / engines)
+    lengths = steps["end_s"] - steps["start_s"]
+    usage = steps["used_blocks"] / (steps["used_blocks"] + steps["free_blocks"])
+    assert summary["mean_kv_usage"] == pytest.approx((usage * lengths).sum() / lengths.sum())
+    assert summary["max_kv_usage"] == usage.max()
