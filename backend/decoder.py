@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backend.linears import base_product, gated_with_lora, linear_with_lora
-from backend.sgmv import Segments, SlotBank, SlotLayout
+from backend.linears import base_product, gated_with_lora, invariant_product, linear_with_lora
+from backend.sgmv import Segments, SlotBank, SlotLayout, sgmv
 from backend.step_inputs import DECODE_TILE, StepInputs, power_of_two, prefill_tile
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ class DeviceInputs:
 
 
 class Decoder:
-    """Weights, KV cache, adapter slots and work buffers of one replica on one device."""
+    """Weights, KV cache, adapter slots and work buffers of one replica on one device.
+
+    `deterministic`: a row's result does not depend on which rows it is computed with (`linears.invariant_product`).
+    """
 
     def __init__(
         self,
@@ -59,8 +62,10 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         seed: int = 0,
+        deterministic: bool = False,
     ) -> None:
         self.geometry = geometry
+        self.deterministic = deterministic
         self.long_tile = prefill_tile(geometry.num_heads // geometry.num_kv_heads)
         self.device = device
         self.on_cuda = device.type == "cuda"
@@ -141,24 +146,27 @@ class Decoder:
         """Base product plus the LoRA product of every adapted row."""
         out = out[: len(x)]
         bias = self.qkv_bias[layer] if name == "qkv" and self.qkv_bias else None
-        linear_with_lora(
-            x,
-            self.layers[layer][name],
-            out,
-            bias,
-            self.bank,
-            self.bank.layout.layers[layer][name],
-            segments,
-            kernels=self.segments.engine == "cuda",
-        )
+        weight, linear = self.layers[layer][name], self.bank.layout.layers[layer][name]
+        if self.deterministic:
+            invariant_product(x, weight, out, bias, kernels=self.kernels)
+            if segments is not None:
+                sgmv(x, out, self.bank, linear, segments)
+        else:
+            linear_with_lora(x, weight, out, bias, self.bank, linear, segments, kernels=self.kernels)
         return out
+
+    @property
+    def kernels(self) -> bool:
+        """Whether the CUDA kernels run here."""
+        return self.segments.engine == "cuda"
 
     def _gated(self, layer: int, x: torch.Tensor, segments: Segments | None) -> torch.Tensor:
         gate_up, activated = self.gate_up[: len(x)], self.activated[: len(x)]
-        linear = self.bank.layout.layers[layer]["gate_up"]
-        kernels = self.segments.engine == "cuda"
-        weight = self.layers[layer]["gate_up"]
-        gated_with_lora(x, weight, gate_up, activated, self.bank, linear, segments, self.ops, kernels=kernels)
+        linear, weight = self.bank.layout.layers[layer]["gate_up"], self.layers[layer]["gate_up"]
+        if self.deterministic:
+            self.ops.silu_mul(self._linear(layer, "gate_up", x, self.gate_up, segments), activated)
+        else:
+            gated_with_lora(x, weight, gate_up, activated, self.bank, linear, segments, self.ops, kernels=self.kernels)
         return activated
 
     def _attend(self, layer: int, qkv: torch.Tensor, inputs: DeviceInputs, tables: torch.Tensor) -> torch.Tensor:
@@ -196,5 +204,6 @@ class Decoder:
         samples = len(inputs.sample_rows)
         if samples:
             logits = self.logits[:samples]
-            base_product(normed[inputs.sample_rows], self.lm_head, logits, None, kernels=self.segments.engine == "cuda")
+            product = invariant_product if self.deterministic else base_product
+            product(normed[inputs.sample_rows], self.lm_head, logits, None, kernels=self.kernels)
             self.last_token[inputs.sample_to] = logits.argmax(-1)

@@ -22,12 +22,17 @@ def open_backend(
     profile: str | None = None,
     gpu_bytes: int | None = None,
     seed: int = 0,
+    deterministic: bool = False,
+    verify: int = 0,
 ) -> Backend:
     """The backend `kind`: `profile` replays one, `cuda` and `cpu` execute every step.
 
     KV blocks follow from the memory model on the profile's or the device's memory, or on `gpu_bytes` where given.
+    `deterministic` and `verify` (every so many steps; 0: none) are of backends that execute: `LiveBackend`, `VerifyingBackend`.
     """
     if kind == "profile":
+        if deterministic or verify:
+            raise BackendError("backend profile: executes nothing, so there is nothing to verify or make deterministic")
         return _replay(geometry, limits, profile, gpu_bytes)
     if kind not in KINDS:
         raise BackendError(f"backend {kind}: unknown; use one of {', '.join(KINDS)}")
@@ -40,13 +45,18 @@ def open_backend(
 
     blocks = memory_plan(geometry, limits, gpu_bytes or device_bytes(kind)).num_gpu_blocks
     try:
-        return LiveBackend(geometry, limits, blocks, device=kind, seed=seed)
+        live = LiveBackend(geometry, limits, blocks, device=kind, seed=seed, deterministic=deterministic)
     except torch.OutOfMemoryError as error:
         free, total = (b / GIB for b in torch.cuda.mem_get_info())
         raise BackendError(
             f"backend {kind}: {geometry.name} fits an empty GPU, but only {free:.1f} of {total:.1f} GiB are free; end what"
             " else runs there or lower engine.gpu_memory_utilization"
         ) from error
+    if not verify:
+        return live
+    from backend.verify import VerifyingBackend
+
+    return VerifyingBackend(live, verify)
 
 
 def _replay(geometry: ModelGeometry, limits: EngineLimits, profile: str | None, gpu_bytes: int | None) -> Backend:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from backend.sgmv import FusedLinear, Segments, SlotBank, cuda_kernels, sgmv
+from backend.sgmv import FusedLinear, Segments, SlotBank, base_linear, cuda_kernels, sgmv
 
 
 def base_product(
@@ -16,16 +16,31 @@ def base_product(
 
     `kernels`: the CUDA kernels may be used; they are where there are few rows.
     """
-    if _few(x, bias, kernels=kernels):
-        cuda_kernels.linear(x, weight, out)
+    if kernels and base_linear.takes(x, weight, bias):
+        base_linear.linear(x, weight, out)
     elif bias is not None:
         torch.addmm(bias, x, weight.T, out=out)
     else:
         torch.mm(x, weight.T, out=out)
 
 
-def _few(x: torch.Tensor, bias: torch.Tensor | None, *, kernels: bool) -> bool:
-    return kernels and cuda_kernels.takes_linear(x, bias)
+def invariant_product(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, *, kernels: bool
+) -> None:
+    """`base_product` whose bits of a row do not depend on the other rows: slow, for checking.
+
+    cuBLAS chooses its order of summation by the number of rows; here a kernel that does not takes 32 of them at a time, or
+    torch takes one.
+    """
+    most = 32 if kernels and base_linear.takes(x[:32], weight, None) else 1
+    for start in range(0, len(x), most):
+        rows = slice(start, start + most)
+        if most > 1:
+            base_linear.linear(x[rows], weight, out[rows])
+        else:
+            torch.mm(x[rows], weight.T, out=out[rows])
+    if bias is not None:
+        out += bias
 
 
 def linear_with_lora(
@@ -41,16 +56,16 @@ def linear_with_lora(
 ) -> None:
     """Base product of every row plus the LoRA product of the adapted ones (`segments`; None: no row has an adapter).
 
-    `kernels`: the CUDA kernels may be used. With few rows the shrink comes first, so that the base weights are
-    already on their way while it runs; the expand's weights are on their way while the base product runs.
+    `kernels`: the CUDA kernels may be used. With few rows the shrink comes first and the base product adds the rest: its
+    weights are already on their way while the shrink runs, and the adapters' B while the base weights are streamed.
     """
-    first = segments is not None and _few(x, bias, kernels=kernels)
-    if segments is not None and first:
+    if segments is None:
+        base_product(x, weight, out, bias, kernels=kernels)
+    elif kernels and base_linear.takes(x, weight, bias, (bank, linear, segments)):
         cuda_kernels.shrink(x, bank, linear, segments)
-    base_product(x, weight, out, bias, kernels=kernels)
-    if segments is not None and first:
-        cuda_kernels.expand(out, bank, linear, segments)
-    elif segments is not None:
+        base_linear.linear(x, weight, out, (bank, linear, segments))
+    else:
+        base_product(x, weight, out, bias, kernels=kernels)
         sgmv(x, out, bank, linear, segments)
 
 

@@ -46,12 +46,22 @@ def _no_collection() -> Iterator[None]:
 
 
 class LiveBackend:
-    """Executes steps on `device` with `num_gpu_blocks` KV blocks; `steps_executed` counts them."""
+    """Executes steps on `device` with `num_gpu_blocks` KV blocks; `steps_executed` counts them.
+
+    `deterministic`: what a request gets does not depend on what it is batched with, at several times the cost.
+    """
 
     needs_block_tables = True
 
     def __init__(
-        self, geometry: ModelGeometry, limits: EngineLimits, num_gpu_blocks: int, *, device: str, seed: int = 0
+        self,
+        geometry: ModelGeometry,
+        limits: EngineLimits,
+        num_gpu_blocks: int,
+        *,
+        device: str,
+        seed: int = 0,
+        deterministic: bool = False,
     ) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendError("backend cuda: torch sees no CUDA device here; use backend profile or cpu")
@@ -60,7 +70,12 @@ class LiveBackend:
         self.device = torch.device(device)
         self.on_cuda = device == "cuda"
         dtype = torch.bfloat16 if self.on_cuda else torch.float32
-        self.decoder = Decoder(geometry, limits, num_gpu_blocks, dtype=dtype, device=self.device, seed=seed)
+        self.deterministic = deterministic
+        # Decodes and prompts go through one kernel then, whose keys are never split.
+        self._short_tile = 0 if deterministic else DECODE_TILE
+        self.decoder = Decoder(
+            geometry, limits, num_gpu_blocks, dtype=dtype, device=self.device, seed=seed, deterministic=deterministic
+        )
         self.store = HostStore(geometry, self.decoder.bank.layout, dtype, pinned=self.on_cuda, seed=seed)
         self.steps_executed = 0
         width = -(-limits.max_model_len // limits.block_size)
@@ -105,7 +120,7 @@ class LiveBackend:
 
     def _execute(self, batch: StepBatch, padding: Padding | None) -> StepTiming:
         started = time.perf_counter()
-        inputs = self._lay_out(batch)
+        inputs = self.layout(batch)
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)
         device_inputs = self._pack(inputs)
@@ -123,17 +138,19 @@ class LiveBackend:
                 tables[row, start : len(blocks)] = blocks[start:]
             held[row] = blocks
 
-    def _lay_out(self, batch: StepBatch) -> StepInputs:
+    def layout(self, batch: StepBatch) -> StepInputs:
+        """A step as arrays over its rows and requests, in the order of the batch."""
         self.hold_tables(batch)
         tables = self._host_tables.numpy()
-        return lay_out(batch, tables[: len(batch.block_tables)], self.limits.block_size, self.decoder.long_tile)
+        rows = tables[: len(batch.block_tables)]
+        return lay_out(batch, rows, self.limits.block_size, self.decoder.long_tile, self._short_tile)
 
     def _padding(self, batch: StepBatch) -> Padding | None:
         """What a step is padded to; None where no graph serves it (CPU, or too many rows)."""
         size = padded_size(sum(batch.query_lens)) if self.on_cuda else None
         if size is None or size > self.limits.max_num_batched_tokens:
             return None
-        return Padding.of(batch, size, self.decoder.long_tile)
+        return Padding.of(batch, size, self.decoder.long_tile, self._short_tile)
 
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
         flat = np.concatenate([a.reshape(-1) for a in inputs.arrays()])
@@ -145,6 +162,15 @@ class LiveBackend:
     def _upload(self, rows: int, requests: int, blocks: int) -> None:
         self._packed[:rows].copy_(self._host_packed[:rows], non_blocking=True)
         self._tables[:requests, :blocks].copy_(self._host_tables[:requests, :blocks], non_blocking=True)
+
+    def again(self, batch: StepBatch) -> StepInputs:
+        """Compute a step that was executed once more, outside of all counts and times; returns its layout."""
+        inputs = self.layout(batch)
+        device_inputs = self._pack(inputs)
+        self._upload(device_inputs.cells, len(batch.block_tables), max(len(t) for t in batch.block_tables))
+        self.decoder.forward(device_inputs, self._tables)
+        self._synchronize()
+        return inputs
 
     def _timed_forward(self, inputs: DeviceInputs, batch: StepBatch, padding: Padding | None) -> float:
         used = inputs.cells
@@ -168,11 +194,11 @@ class LiveBackend:
 
     def _prepare(self, batch: StepBatch, padding: Padding | None) -> None:
         """Compile kernels and capture the step's graph if this is their first use (not part of any step's time)."""
-        few = [query <= DECODE_TILE for query in batch.query_lens]
+        few = [query <= self._short_tile for query in batch.query_lens]
         kernels = (any(slot != NO_SLOT for slot in batch.slots), any(few), not all(few))
         if (padding is None and kernels in self._warm) or padding in self._graphs:
             return
-        inputs = self._lay_out(batch)
+        inputs = self.layout(batch)
         self._held_tables = [()] * self.limits.max_num_seqs
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)

@@ -16,6 +16,8 @@ import torch
 
 from backend.base import AdapterShape, EngineLimits, StepBatch
 from backend.compositions import Room, decode_grid, prefill_grid, random_steps
+from backend.contention import facts as contention_facts
+from backend.contention import measure_contention
 from backend.errors import BackendError
 from backend.fitting import accuracy, composition, load_curve, measured
 from backend.gpu_watch import watching
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANKS = (8, 16, 32, 64)
+READS = 4
+"""Turns in which adapters are read from disk while loads are measured."""
 
 
 def measuring_limits(device: str) -> EngineLimits:
@@ -90,23 +94,29 @@ def fill_slots(backend: LiveBackend, limits: EngineLimits) -> Room:
 def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
     """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`.
 
-    Ranks are mixed and every adapter has host memory of its own, as in an engine: a copy that is repeated on the spot
-    finds its bytes in the processor's caches. The first adapter of each rank is not timed.
+    Ranks are mixed and adapters that are loaded have host memory of their own, as in an engine: a copy that is repeated on the
+    spot finds its bytes in the processor's caches. The first adapter of each rank is not timed; reading, which the
+    machine's processors make uneven, is timed `READS` times as often.
     """
     rng = np.random.default_rng(20261124)
-    adapters = [
-        (i, AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES)) for rank in RANKS for i in range(repeats + 1)
-    ]
+    shapes = [AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES) for rank in RANKS for i in range(repeats + 1)]
+    firsts = {shape.adapter_id for shape in shapes[:: repeats + 1]}
     rows: list[tuple[str, int, int, float]] = []
-    for kind in ("stage", "load"):
-        for chosen in rng.permutation(len(adapters)):
-            i, adapter = adapters[int(chosen)]
-            slot = RANKS.index(adapter.rank)
-            timing = backend.stage(adapter) if kind == "stage" else backend.load(adapter, slot)
-            if i:
-                rows.append((kind, adapter.rank, timing.nbytes, timing.elapsed_s))
-    for _, adapter in adapters:
-        backend.drop(adapter.adapter_id)
+    for turn in range(READS):
+        for chosen in rng.permutation(len(shapes)):
+            shape = shapes[int(chosen)]
+            timing = backend.stage(shape)
+            if turn or shape.adapter_id not in firsts:
+                rows.append(("stage", shape.rank, timing.nbytes, timing.elapsed_s))
+            if turn < READS - 1:
+                backend.drop(shape.adapter_id)
+    for chosen in rng.permutation(len(shapes)):
+        shape = shapes[int(chosen)]
+        timing = backend.load(shape, RANKS.index(shape.rank))
+        if shape.adapter_id not in firsts:
+            rows.append(("load", shape.rank, timing.nbytes, timing.elapsed_s))
+    for shape in shapes:
+        backend.drop(shape.adapter_id)
     return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
 
 
@@ -145,9 +155,12 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
         with watching(enabled=device == "cuda") as watch:
             timings = measure_rounds(backend, batches, repeats, rounds=rounds)
         loads = measure_loads(backend, repeats)
+        contention = measure_contention(backend, room, ALL_MODULES) if device == "cuda" else None
     finally:
         backend.close()
     steps = pd.DataFrame({"kind": kinds}).join(pd.DataFrame([composition(b, ranks) for b in batches])).join(timings)
+    if contention is not None:
+        facts["contention"] = contention_facts(contention)
     facts |= {**watch.facts, "measuring_s": round(time.perf_counter() - started, 1)}
     profile = profile_from(out.name, gpu_bytes, GRAPH_SIZES if device == "cuda" else (), steps, loads, facts)
     write_profile(profile, steps, loads, out)

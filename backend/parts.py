@@ -150,7 +150,7 @@ class _Bench:
         """Rotary embedding, KV writes and attention of all layers."""
         backend, decoder = self.backend, self.decoder
         (batch,) = self.batches(setting, 1)
-        inputs = backend._pack(backend._lay_out(batch))
+        inputs = backend._pack(backend.layout(batch))
         backend._packed.copy_(backend._host_packed)
         backend._tables.copy_(backend._host_tables)
         qkv = decoder.qkv[: setting.batch].normal_()

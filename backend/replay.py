@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backend.base import AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
+from backend.contention import Contention
 from backend.features import StepFeatures
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class ReplayBackend:
     def step_costs(self) -> tuple[Predictor, float]:
         """What `execute` takes the seconds of a step from, and the factor on them: all that a compiled replay must know."""
         return self.profile.predictor, 1.0
+
+    @property
+    def contention(self) -> Contention:
+        """What steps and loads that run beside each other cost."""
+        graphs = self.profile.predictor.graph_sizes
+        return Contention.of(self.profile.meta, graphs[-1] if graphs else 0)
 
     def capacity(self) -> Capacity:
         """KV blocks by the memory model, slots as configured."""

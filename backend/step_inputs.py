@@ -31,13 +31,13 @@ class Padding:
     samples: int
 
     @classmethod
-    def of(cls, batch: StepBatch, rows: int, long_tile: int) -> Padding:
+    def of(cls, batch: StepBatch, rows: int, long_tile: int, short_tile: int = DECODE_TILE) -> Padding:
         """What `batch` is padded to at `rows` rows: pure decodes to as many requests, others to powers of two."""
         adapted = any(slot != NO_SLOT for slot in batch.slots)
-        if max(batch.query_lens) == 1:
+        if max(batch.query_lens) == 1 and short_tile:
             return cls(rows, adapted, rows, 0, rows)
-        decodes = sum(query <= DECODE_TILE for query in batch.query_lens)
-        prefills = sum(-(-query // long_tile) for query in batch.query_lens if query > DECODE_TILE)
+        decodes = sum(query <= short_tile for query in batch.query_lens)
+        prefills = sum(-(-query // long_tile) for query in batch.query_lens if query > short_tile)
         return cls(rows, adapted, power_of_two(decodes), power_of_two(prefills), power_of_two(sum(batch.samples)))
 
 
@@ -108,11 +108,16 @@ def _attention_tiles(requests: IntArray, starts: IntArray, context: IntArray, qu
     return np.stack([requests[which], starts[which] + offset, context[which] + offset, count], 1).astype(np.int32)
 
 
-def lay_out(batch: StepBatch, tables: IntArray, block_size: int, long_tile: int) -> StepInputs:
-    """Lay out `batch`, whose block tables are the rows of `tables` int32[n, blocks]; `long_tile`: see `prefill_tile`."""
-    if max(batch.query_lens) == 1:
+def lay_out(
+    batch: StepBatch, tables: IntArray, block_size: int, long_tile: int, short_tile: int = DECODE_TILE
+) -> StepInputs:
+    """Lay out `batch`, whose block tables are the rows of `tables` int32[n, blocks]; `long_tile`: see `prefill_tile`.
+
+    Up to `short_tile` queries of a request go into a tile of decodes; with 0 all go into long ones.
+    """
+    if max(batch.query_lens) == 1 and short_tile:
         return _lay_out_single(batch, tables, block_size)
-    return lay_out_any(batch, tables, block_size, long_tile)
+    return lay_out_any(batch, tables, block_size, long_tile, short_tile)
 
 
 def _lay_out_single(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
@@ -138,7 +143,9 @@ def _lay_out_single(batch: StepBatch, tables: IntArray, block_size: int) -> Step
     )
 
 
-def lay_out_any(batch: StepBatch, tables: IntArray, block_size: int, long_tile: int) -> StepInputs:
+def lay_out_any(
+    batch: StepBatch, tables: IntArray, block_size: int, long_tile: int, short_tile: int = DECODE_TILE
+) -> StepInputs:
     """`lay_out` of any step."""
     query = np.array(batch.query_lens, dtype=np.int32)
     context = np.array(batch.context_lens, dtype=np.int32)
@@ -147,14 +154,14 @@ def lay_out_any(batch: StepBatch, tables: IntArray, block_size: int, long_tile: 
     position = (context[request] + np.arange(len(request)) - starts[request]).astype(np.int32)
     kv_slots = tables[request, position // block_size] * block_size + position % block_size
     row_slots = np.array(batch.slots, dtype=np.int32)[request]
-    decode = query <= DECODE_TILE
+    decode = query <= short_tile
     requests = np.arange(len(query), dtype=np.int32)
     samples = np.array(batch.samples, dtype=bool)
     decodes = np.array(batch.decodes, dtype=bool) if batch.decodes else (query == 1) & (context > 0)
     token_from = np.where(decodes, tables[requests, np.maximum(context - 1, 0) // block_size], -1)[request]
     tiles = [
         _attention_tiles(requests[mask], starts[mask], context[mask], query[mask], size)
-        for mask, size in ((decode, DECODE_TILE), (~decode, long_tile))
+        for mask, size in ((decode, max(short_tile, 1)), (~decode, long_tile))
     ]
     return StepInputs(
         token_from.astype(np.int32),

@@ -33,6 +33,19 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     run.add_argument(
         "--no-step-rows", action="store_true", help="keep no row a step and adapter move, only what they come to"
     )
+    run.add_argument(
+        "--verify",
+        type=int,
+        nargs="?",
+        const=100,
+        metavar="EVERY",
+        help="live: compute every EVERY-th step (default 100) again, adapter by adapter, and compare",
+    )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="live: what a request gets does not depend on what it is batched with; slow",
+    )
     run.add_argument("--out", type=Path, help="the run directory to make (default: a new one under runs/)")
     measure = verbs.add_parser("measure", help="measure step and load costs on a device and write a profile")
     measure.add_argument("--geometry", help="a shipped geometry or a Hugging Face config.json")
@@ -90,6 +103,8 @@ def _run(args: argparse.Namespace) -> None:
         out=args.out,
         duration_s=args.duration_s,
         step_rows=False if args.no_step_rows else None,
+        deterministic=args.deterministic,
+        verify=args.verify,
     )
     for note in result.notes:
         print(f"note: {note}")
@@ -220,6 +235,12 @@ def table(summary: dict[str, object]) -> str:
         ),
         f"steps     {show('steps', 'd')}, executed on a device {show('steps_executed_on_device', 'd')}",
     ]
+    if isinstance(found := summary.get("verified"), dict):
+        lines.append(
+            f"verified  {found['steps']} steps again, adapter by adapter: {found['lora_rows']} rows of LoRA products with the"
+            f" same bits; {found['tokens_that_differ']} of {found['tokens']} tokens differ, logits by at most"
+            f" {found['largest_logit_error']:.1e}"
+        )
     if "replica_hours" in summary:
         lines.append(
             f"fleet     {show('replicas', 'd')} replicas, {show('replica_hours', '.2f')} replica hours, router"

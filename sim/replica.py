@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Generator, Sequence
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -10,6 +12,7 @@ import pandas as pd
 import simpy
 
 from backend.base import NO_SLOT, AdapterShape, Backend, StepBatch
+from backend.contention import Contention
 from sim.adapter_manager import AdapterManager, Move
 from sim.config import EngineConfig
 from sim.errors import IntegrityError
@@ -50,7 +53,8 @@ class Replica:
         self.pool = BlockPool(capacity.num_gpu_blocks, capacity.block_size, prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.pool, pinned)
         self.manager = AdapterManager(config.max_loras, config.host_loras, config.lora_eviction_policy, self._cost)
-        self.lane = LoadLane(env, self.manager, self._carry_out)
+        self.contention = getattr(backend, "contention", Contention())
+        self.lane = LoadLane(env, self.manager, partial(self._carry_out, slower=self.contention.load))
         self.moves: list[MoveRow] = []
         self.live = bool(getattr(backend, "needs_block_tables", False))
         self.rows: list[StepRow] = []
@@ -196,6 +200,9 @@ class Replica:
         if self.check:
             check_step(self.scheduler, self.manager, plan, self.lane.loading)
         timing = self.backend.execute(self._batch(plan))
+        if self.lane.loading:
+            slower = self.contention.of_step(plan.tokens)
+            timing = dataclasses.replace(timing, device_s=timing.device_s * slower)
         start_s = max(self.env.now, self._gpu_free_s)
         # Reading adapters and preparing the step is the host's work: it goes on while the GPU still runs the last step.
         # The copy into the slots is queued on the GPU before the step itself.
@@ -214,8 +221,8 @@ class Replica:
         self.manager.apply(adapters)
         return self.manager.take()
 
-    def _carry_out(self, move: Move, at_s: float) -> float:
-        """Have the backend do a move that begins at `at_s`; returns the seconds it takes."""
+    def _carry_out(self, move: Move, at_s: float, slower: float = 1.0) -> float:
+        """Have the backend do a move that begins at `at_s`; returns the seconds it takes, a load `slower` times what it says."""
         use = self.uses.setdefault(move.adapter, AdapterUse())
         seconds = 0.0
         match move.kind:
@@ -224,7 +231,7 @@ class Replica:
                 seconds = self.backend.stage(self.shape(move.adapter)).elapsed_s
             case "load":
                 use.activations += 1
-                seconds = self.backend.load(self.shape(move.adapter), move.slot).elapsed_s
+                seconds = self.backend.load(self.shape(move.adapter), move.slot).elapsed_s * slower
             case "evict":
                 use.evictions += 1
             case "drop":

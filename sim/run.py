@@ -63,10 +63,12 @@ def run_scenario(
     out: Path | None = None,
     duration_s: float | None = None,
     step_rows: bool | None = None,
+    deterministic: bool = False,
+    verify: int | None = None,
 ) -> RunResult:
     """Simulate `scenario` (a file, a shipped name, or a `Scenario`) and write its run directory.
 
-    `backend`, `profile`, `duration_s` (of arrivals) and `step_rows` override the scenario. Raises `ScenarioError`, `WorkloadError`
+    `backend`, `profile`, `duration_s` (of arrivals), `step_rows`, `deterministic` and `verify` override the scenario. Raises `ScenarioError`, `WorkloadError`
     or `BackendError` for bad input; then no run directory is left.
     """
     if not isinstance(scenario, Scenario):
@@ -80,6 +82,8 @@ def run_scenario(
         profile=profile or scenario.profile,
         workload=workload_table,
         step_rows=scenario.step_rows if step_rows is None else step_rows,
+        deterministic=deterministic or scenario.deterministic,
+        verify=scenario.verify if verify is None else verify,
     )
     target = run_dir.choose(scenario.name, out)
     with run_dir.RunFiles(target) as files:
@@ -111,7 +115,7 @@ def execute(
                 bar.update(finished - bar.n)
 
         play = _one_engine if scenario.fleet.single else _fleet
-        tables, blocks, executed = play(scenario, workload, catalogue, pinned, advance, on_rows)
+        tables, blocks, executed, verified = play(scenario, workload, catalogue, pinned, advance, on_rows)
     sizes = [geometry.lora_bytes(adapter.rank, adapter.target_modules) for adapter in catalogue]
     tables.adapters.insert(3, "nbytes", sizes)
     summary: dict[str, object] = {
@@ -123,12 +127,13 @@ def execute(
         **summarise(tables),
         **fleet_facts(scenario, tables),
         **profile_facts(scenario),
+        **({"verified": verified} if verified else {}),
     }
     return tables, summary, workload.notes
 
 
-Played = tuple[RunTables, int, int]
-"""Tables, KV blocks of an engine, and steps that a device executed."""
+Played = tuple[RunTables, int, int, dict[str, object]]
+"""Tables, KV blocks of an engine, steps that a device executed, and what was compared of them (`backend.verify`)."""
 
 
 def open_engine(scenario: Scenario) -> Backend:
@@ -140,6 +145,8 @@ def open_engine(scenario: Scenario) -> Backend:
         profile=scenario.profile,
         gpu_bytes=None if scenario.gpu_memory_gib is None else int(scenario.gpu_memory_gib * (1 << 30)),
         seed=scenario.seed,
+        deterministic=scenario.deterministic,
+        verify=scenario.verify,
     )
 
 
@@ -166,7 +173,8 @@ def _one_engine(
             on_rows=on_rows,
             fast_forward=scenario.fast_forward,
         )
-        return tables, opened.capacity().num_gpu_blocks, getattr(opened, "steps_executed", 0)
+        verified = opened.report() if scenario.verify else {}  # type: ignore[attr-defined]
+        return tables, opened.capacity().num_gpu_blocks, getattr(opened, "steps_executed", 0), verified
     finally:
         opened.close()
 
@@ -203,7 +211,7 @@ def _fleet(
     if on_rows is not None:  # whose rows are sorted over all replicas
         on_rows(tables.steps, tables.moves)
         tables = replace(tables, steps=tables.steps.iloc[:0], moves=tables.moves.iloc[:0])
-    return tables, open_engine(scenario).capacity().num_gpu_blocks, 0
+    return tables, open_engine(scenario).capacity().num_gpu_blocks, 0, {}
 
 
 def fleet_facts(scenario: Scenario, tables: RunTables) -> dict[str, object]:

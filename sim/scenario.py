@@ -21,7 +21,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "engine": tuple(f.name for f in fields(EngineConfig)),
     "adapters": ("count", "rank", "ranks", "target_modules", "folder", "pinned"),
     "workload": (),
-    "backend": ("kind", "profile", "gpu_memory_gib"),
+    "backend": ("kind", "profile", "gpu_memory_gib", "deterministic", "verify"),
     "slo": ("p99_ttft_ms", "p99_tpot_ms"),
     "fleet": tuple(f.name for f in fields(FleetConfig)),
     "cost": ("gpu_hour_usd", "model_load_gb_s"),
@@ -60,6 +60,8 @@ class Scenario:
     backend: str
     profile: str | None
     gpu_memory_gib: float | None
+    deterministic: bool
+    verify: int
     slo: Mapping[str, float]
     fleet: FleetConfig
     cost: Cost
@@ -81,7 +83,13 @@ class Scenario:
             "folder": self.adapter_folder,
             "pinned": list(self.pinned),
         }
-        backend = {"kind": self.backend, "profile": self.profile, "gpu_memory_gib": self.gpu_memory_gib}
+        backend = {
+            "kind": self.backend,
+            "profile": self.profile,
+            "gpu_memory_gib": self.gpu_memory_gib,
+            "deterministic": self.deterministic or None,
+            "verify": self.verify or None,
+        }
         workload = dict(self.workload)
         if isinstance(path := workload.get("path"), str):
             workload["path"] = str((self.base_dir / path).resolve())
@@ -169,6 +177,8 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
         backend=get.text("backend", "kind") or "profile",
         profile=None if profile is None else _locate(profile, shipped_profiles(), base_dir),
         gpu_memory_gib=get.number("backend", "gpu_memory_gib", above=0),
+        deterministic=get.flag("backend", "deterministic") or False,
+        verify=int(get.number("backend", "verify", whole=True, above=-1) or 0),
         slo={key: float(get.number("slo", key, above=0) or 0) for key in get.table("slo")},
         fleet=fleet_of(get.table("fleet")),
         cost=Cost(_prices(get), get.number("cost", "model_load_gb_s", above=0)),

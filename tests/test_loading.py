@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import WorldBackend, random_requests
 
+from backend.contention import Contention
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.tables import RunTables
@@ -69,6 +70,32 @@ def test_overlapped_loads_go_one_after_the_other_and_take_only_free_slots() -> N
     assert first[1] >= 2 * (STAGE_S + LOAD_S)
     assert first[2] >= tables.requests["finish_s"][:2].min() + STAGE_S + LOAD_S
     assert tables.adapters["activations"].tolist() == [1, 1, 1]
+
+
+class Narrow(WorldBackend):
+    """Loads take three times as long beside steps, steps twice as long beside a load, and four times with three tokens or more."""
+
+    contention = Contention(step=2.0, eager=4.0, load=3.0, captured_rows=2)
+
+
+def test_overlapped_loads_and_steps_slow_each_other_down_as_measured() -> None:
+    table = RequestTable(np.zeros(2), np.full(2, 2), np.array([20, 2]), np.array([0, 1]))
+    engine = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64, "block_size": 4}
+    runs = {}
+    for loading in ("blocking", "overlapped"):
+        config = EngineConfig(lora_loading=loading, **engine)  # type: ignore[arg-type]
+        runs[loading] = simulate(table, Catalogue.uniform(3, [8]), config, Narrow(32, config.max_loras), check=True)
+    moves = runs["overlapped"].moves.set_index("kind")
+    assert moves.loc["load", "end_s"] - moves.loc["load", "start_s"] == pytest.approx(3 * LOAD_S)
+    arrived = STAGE_S + 3 * LOAD_S
+    steps = runs["overlapped"].steps
+    beside = steps[steps["start_s"] < arrived]
+    assert beside["device_s"].tolist() == pytest.approx([2 * (STEP_S + t * TOKEN_S) for t in beside["tokens"]])
+    assert set(beside["tokens"]) == {1, 2}
+    after = steps[steps["start_s"] >= arrived]
+    assert after["device_s"].tolist() == pytest.approx([STEP_S + t * TOKEN_S for t in after["tokens"]])
+    blocking = runs["blocking"].moves.set_index("kind")
+    assert blocking.loc["load", "end_s"] - blocking.loc["load", "start_s"] == pytest.approx(LOAD_S)
 
 
 @settings(max_examples=60, deadline=None)

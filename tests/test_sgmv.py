@@ -149,7 +149,10 @@ def test_cuda_kernels_compile(capability: tuple[int, int], half: bool) -> None:
     assert cubin[:4] == b"\x7fELF"
     from backend.sgmv.cuda_kernels import RESIDENT_BLOCKS
 
-    for name in {*RESIDENT_BLOCKS, "segment_map", "settle"}:
+    wide = (
+        {f"linear_wide_{rows}_{groups}" for rows in (64, 128) for groups in (1, 2)} if capability == (9, 0) else set()
+    )
+    for name in {*RESIDENT_BLOCKS, "segment_map", "settle", "linear_8", "linear_16", "linear_32", *wide}:
         assert name.encode() in cubin
     for name in {kernel for tiling in ALL for kernel in (tiling.shrink, tiling.expand)}:
         assert any(known.startswith(name) for known in RESIDENT_BLOCKS)

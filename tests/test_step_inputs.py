@@ -70,7 +70,7 @@ def test_block_tables_are_right_whatever_the_rows_held(worlds: list[list[list[in
         count = len(tables)
         context = tuple(len(blocks) * SIZE - 1 for blocks in tables)
         blocks = tuple(tuple(row) for row in tables)
-        backend._lay_out(StepBatch((1,) * count, context, (-1,) * count, (True,) * count, blocks))
+        backend.layout(StepBatch((1,) * count, context, (-1,) * count, (True,) * count, blocks))
         for row, expected in enumerate(blocks):
             assert tuple(backend._host_tables[row, : len(expected)].tolist()) == expected
 

@@ -1,13 +1,12 @@
-"""Launching the CUDA kernels: argument structures, grids, and what each may overlap with."""
+"""Launching the CUDA kernels of SGMV: grids, and what each may overlap with."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 
+from backend.sgmv.arguments import ShrinkArgs, columns, expand_args
 from backend.sgmv.nvrtc import Kernels, kernels
 from backend.sgmv.segments import PIECE, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
@@ -29,38 +28,6 @@ RESIDENT_BLOCKS = {
 """Blocks a multiprocessor holds at a time (`__launch_bounds__` in the sources): grids are no larger."""
 
 
-def _struct(name: str, source: str) -> type[ctypes.Structure]:
-    """The ctypes image of a struct in the sources: `source` is its fields as `type name[count] ...`."""
-    kinds = {"ptr": ctypes.c_void_p, "long": ctypes.c_longlong, "int": ctypes.c_int}
-    fields: list[tuple[str, type]] = []
-    for line in source.split(";"):
-        kind, *names = line.split()
-        for entry in names:
-            field, _, count = entry.partition("[")
-            fields.append((field, kinds[kind] * int(count[:-1]) if count else kinds[kind]))
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-ShrinkArgs = _struct(
-    "ShrinkArgs",
-    "ptr x weights header tiles rows h; long x_stride slot_stride a_unit; int in_features slices h_rows h_rank",
-)
-ExpandArgs = _struct(
-    "ExpandArgs",
-    "ptr h weights scaling header tiles rows y activated; long y_stride slot_stride activated_stride b_unit[3];"
-    "int width[3] begin[3] groups[3] slices pieces h_rows h_rank long_run",
-)
-LinearArgs = _struct("LinearArgs", "ptr x w y; long x_stride y_stride; int rows in_features out_features")
-
-
-@cache
-def _columns(out_features: tuple[int, ...], per_group: int) -> tuple[tuple[int, ...], ...]:
-    """Per slice (three, the missing ones empty): width, first column, and groups of `per_group` columns."""
-    widths = (*out_features, 0, 0)[:3]
-    begins = (0, widths[0], widths[0] + widths[1])
-    return widths, begins, tuple(-(-width // per_group) for width in widths)
-
-
 def _grid(items: int, name: str, run: Kernels) -> int:
     """Blocks for at most `items` items; counted from rows alone, never from `max_loras`."""
     return min(items, run.processors * RESIDENT_BLOCKS[name])
@@ -80,7 +47,7 @@ def _shrink_blocks(tiles: int, height: int, pieces: int, run: Kernels) -> int:
 
 def _long_run(tiles: int, widths: tuple[int, ...], run: Kernels) -> int:
     """Blocks of 128 columns that a block of `expand_long` walks: fewer where there would be too few items."""
-    return next((n for n in (8, 4) if tiles * sum(_columns(widths, n * 128)[2]) >= FILL * run.processors), 2)
+    return next((n for n in (8, 4) if tiles * sum(columns(widths, n * 128)[2]) >= FILL * run.processors), 2)
 
 
 def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
@@ -120,14 +87,10 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
         pieces = 1
     # The short kernels take 512 columns a group.
     long_run = _long_run(-(-rows // 64), linear.out_features, run) if long else 4
-    widths, begins, groups = _columns(linear.out_features, 128 * long_run)
+    widths, _, groups = columns(linear.out_features, 128 * long_run)
     if name == "expand_short_1" and rank > 16 and pieces <= SETTLED_PIECES and sum(widths) <= RINGED_COLUMNS:
         name = "expand_short_1_ringed"
-    args = ExpandArgs(
-        segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
-        segments.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(), None, out.stride(0), bank.weights.stride(0), 0,
-        (*linear.b_units, 0, 0)[:3], widths, begins, groups, linear.slices, pieces, rows, rank, long_run,
-    )  # fmt: skip
+    args = expand_args(out, bank, linear, segments, groups=groups, pieces=pieces, long_run=long_run)
     row_bytes, eights = (128 + 8) * 2, 2 if segments.tiling.tile_rows > 8 else 1
     shared = (4 if long else 2) * rank // 16 * eights * 512
     if long:
@@ -155,57 +118,10 @@ def expand_swiglu(
     rows, rank = len(segments.rows), padded_rank(bank.max_lora_rank)
     one = linear.out_features[:1]
     long_run = _long_run(-(-rows // 64), one, run)
-    groups = _columns(one, 128 * long_run)[2]
-    widths, begins, _ = _columns(linear.out_features, 128)
-    args = ExpandArgs(
-        segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
-        segments.tiles.data_ptr(), segments.rows.data_ptr(), gate_up.data_ptr(), activated.data_ptr(), gate_up.stride(0),
-        bank.weights.stride(0), activated.stride(0), (*linear.b_units, 0)[:3], widths, begins, groups, linear.slices,
-        -(-linear.in_features // PIECE), rows, rank, long_run,
-    )  # fmt: skip
+    groups = columns(one, 128 * long_run)[2]
+    pieces = -(-linear.in_features // PIECE)
+    args = expand_args(
+        gate_up, bank, linear, segments, groups=groups, pieces=pieces, long_run=long_run, activated=activated
+    )
     shared = 4 * 2 * rank // 16 * 2 * 512 + 2 * rank * (128 + 8) * 2
     run.launch(name, _grid(rows * sum(groups), name, run), 128, (args,), shared, early=True)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """A `linear_*` kernel: 16 * `m_tiles` rows of the weight and 8 * `eights` rows of x a block, `depth` ring stages."""
-
-    eights: int
-    m_tiles: int
-    depth: int
-
-    @property
-    def shared_bytes(self) -> int:
-        """Rings and sums; so large that a multiprocessor holds one block, and the next launch's waits its turn."""
-        sums = 8 * 8 * self.eights * (16 * self.m_tiles + 4) * 4
-        return 8 * self.depth * (16 * self.m_tiles + 8 * self.eights) * 128 + sums
-
-
-LINEARS = (LinearShape(1, 1, 5), LinearShape(2, 1, 4), LinearShape(4, 2, 2))
-
-
-def _linear_shape(rows: int, run: Kernels) -> LinearShape | None:
-    return next((s for s in LINEARS if rows <= 8 * s.eights and s.shared_bytes <= run.shared_bytes), None)
-
-
-def takes_linear(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether `linear` serves `x` [T, in]: at most 32 rows, whole 16-byte vectors, no bias; above, cuBLAS is faster."""
-    return bias is None and x.shape[1] % 8 == 0 and _linear_shape(len(x), kernels(x.dtype)) is not None
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """The base product `out = x @ weight.T` of few rows (`takes_linear`), at the speed of reading `weight` once.
-
-    `x` [T, in], `weight` [out, in] contiguous, `out` [T, out]. It begins to fetch `weight` while its predecessor in the
-    stream still runs. A row's bits do not depend on the other rows.
-    """
-    run = kernels(x.dtype)
-    shape = _linear_shape(len(x), run)
-    assert shape is not None, "see takes_linear"
-    features = weight.shape[0]
-    args = LinearArgs(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), len(x), weight.shape[1], features
-    )
-    grid = min(-(-features // (16 * shape.m_tiles)), run.processors)
-    run.launch(f"linear_{8 * shape.eights}", grid, 256, (args,), shape.shared_bytes, early=True)

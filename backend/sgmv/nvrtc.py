@@ -17,10 +17,17 @@ import torch
 
 from backend.errors import BackendError
 
-STATIC_SHARED_BYTES = 21 * 1024
-"""More than any kernel's fixed shared memory."""
-
-SOURCES = ("common.cu", "shrink.cu", "expand_parts.cu", "expand.cu", "segment_map.cu", "linear.cu")
+SOURCES = (
+    "common.cu",
+    "shrink.cu",
+    "expand_parts.cu",
+    "expand.cu",
+    "segment_map.cu",
+    "fused_parts.cu",
+    "linear.cu",
+    "hopper.cu",
+    "linear_wide.cu",
+)
 
 
 def available() -> bool:
@@ -40,7 +47,7 @@ def source() -> bytes:
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in SOURCES).encode()
 
 
-def _done(result: tuple[Any, ...], doing: str) -> Any:
+def checked(result: tuple[Any, ...], doing: str) -> Any:
     if int(result[0]) != 0:
         raise BackendError(f"{doing}: {result[0]!r}")
     return result[1] if len(result) > 1 else None
@@ -51,14 +58,20 @@ def compile_cubin(capability: tuple[int, int], *, half: bool) -> bytes:
     from cuda.bindings import nvrtc
 
     doing = "sgmv: NVRTC"
-    program = _done(nvrtc.nvrtcCreateProgram(source(), b"sgmv.cu", 0, [], []), doing)
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17", *([b"-DFP16"] * half)]
+    program = checked(nvrtc.nvrtcCreateProgram(source(), b"sgmv.cu", 0, [], []), doing)
+    # wgmma is in sm_90a alone, whose machine code runs on GPUs of 9.0 and no others.
+    suffix = "a" if capability == (9, 0) else ""
+    options = [
+        f"--gpu-architecture=sm_{capability[0]}{capability[1]}{suffix}".encode(),
+        b"--std=c++17",
+        *([b"-DFP16"] * half),
+    ]
     if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]) != 0:
-        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program), doing)
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program), doing)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendError(f"sgmv: the CUDA kernels do not compile: {log.decode()}")
-    cubin: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program), doing)
-    _done(nvrtc.nvrtcGetCUBIN(program, cubin), doing)
+    cubin: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), doing)
+    checked(nvrtc.nvrtcGetCUBIN(program, cubin), doing)
     return cubin
 
 
@@ -69,22 +82,30 @@ def pointers_to(values: Sequence[Any]) -> ctypes.Array[ctypes.c_void_p]:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The kernels of one dtype on the current device; `processors`: its multiprocessors.
+    """The kernels of one dtype on the current device by name; `processors`: its multiprocessors.
 
-    `shared_bytes`: shared memory that a block of each may ask for.
+    `rooms`: bytes of shared memory that a block of each may ask for.
     """
 
     functions: Mapping[str, Any]
+    rooms: Mapping[str, int]
     processors: int
-    shared_bytes: int
 
     def launch(
-        self, name: str, grid: int, threads: int, values: Sequence[Any], shared_bytes: int = 0, *, early: bool
+        self,
+        name: str,
+        grid: int,
+        threads: int,
+        values: Sequence[Any],
+        shared_bytes: int = 0,
+        *,
+        early: bool,
+        cluster: int = 1,
     ) -> None:
         """Launch on torch's current stream with ctypes `values` as arguments.
 
         `early`: the kernel may begin while its predecessor in the stream still runs (programmatic dependent launch;
-        ignored before sm_90).
+        ignored before sm_90). `cluster`: blocks that run together and see each other's shared memory (sm_90).
         """
         from cuda.bindings import driver
 
@@ -93,13 +114,21 @@ class Kernels:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
+        attributes = []
         if early:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x = cluster
+            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+            attributes.append(attribute)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         arguments = pointers_to(values)
-        _done(driver.cuLaunchKernelEx(config, self.functions[name], ctypes.addressof(arguments), 0), f"sgmv: {name}")
+        checked(driver.cuLaunchKernelEx(config, self.functions[name], ctypes.addressof(arguments), 0), f"sgmv: {name}")
 
 
 @cache
@@ -111,15 +140,17 @@ def kernels(dtype: torch.dtype) -> Kernels:
         raise BackendError(f"sgmv: the CUDA kernels take bfloat16 or float16, not {dtype}")
     cubin = compile_cubin(torch.cuda.get_device_capability(), half=dtype == torch.float16)
     torch.cuda.current_stream().synchronize()  # makes torch's context current
-    module = _done(driver.cuModuleLoadData(cubin), "sgmv: load")
-    count = _done(driver.cuModuleGetFunctionCount(module), "sgmv: load")
-    device = _done(driver.cuCtxGetDevice(), "sgmv: load")
+    module = checked(driver.cuModuleLoadData(cubin), "sgmv: load")
+    count = checked(driver.cuModuleGetFunctionCount(module), "sgmv: load")
+    device = checked(driver.cuCtxGetDevice(), "sgmv: load")
     optin = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    room = _done(driver.cuDeviceGetAttribute(optin, device), "sgmv: load") - STATIC_SHARED_BYTES
-    functions = {}
-    for function in _done(driver.cuModuleEnumerateFunctions(count, module), "sgmv: load"):
-        name = _done(driver.cuFuncGetName(function), "sgmv: load").decode()
-        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _done(driver.cuFuncSetAttribute(function, dynamic, room), name)
-        functions[name] = function
-    return Kernels(functions, torch.cuda.get_device_properties().multi_processor_count, room)
+    most = checked(driver.cuDeviceGetAttribute(optin, device), "sgmv: load")
+    functions, rooms = {}, {}
+    for function in checked(driver.cuModuleEnumerateFunctions(count, module), "sgmv: load"):
+        name = checked(driver.cuFuncGetName(function), "sgmv: load").decode()
+        attributes = driver.CUfunction_attribute
+        fixed = checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function), name)
+        dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(function, dynamic, most - fixed), name)
+        functions[name], rooms[name] = function, most - fixed
+    return Kernels(functions, rooms, torch.cuda.get_device_properties().multi_processor_count)

@@ -159,24 +159,6 @@ def test_one_graph_serves_every_mix(bank: SlotBank) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("features", [(4096, 6144), (14336, 4096), (896, 1000), (3584, 18944)])
-def test_base_product_of_few_rows(features: tuple[int, int], dtype: torch.dtype) -> None:
-    from backend.sgmv import cuda_kernels
-
-    weight = torch.randn(features[1], features[0], device="cuda", dtype=dtype)
-    x = torch.randn(32, features[0] + 8, device="cuda", dtype=dtype)[:, : features[0]]
-    outs = []
-    for rows in (32, 16, 9, 8, 3, 1):
-        out = torch.full((rows, features[1]), float("nan"), device="cuda", dtype=dtype)
-        assert cuda_kernels.takes_linear(x[:rows], None)
-        cuda_kernels.linear(x[:rows], weight, out)
-        truth = x[:rows].double() @ weight.double().T
-        assert float((out.double() - truth).norm() / truth.norm()) < 3e-3
-        outs.append(out[0])
-    assert all(torch.equal(outs[0], other) for other in outs), "a row's bits depend on the batch"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [LINEARS, ODD], ids=["llama", "odd"])
 def test_swiglu_in_the_expand_has_the_bits_of_both_apart(shape: dict[str, tuple[int, int]], dtype: torch.dtype) -> None:
     from backend import ops_triton

@@ -37,10 +37,7 @@ struct ExpandItem {
 
 // h is kept as the sum of two numbers of the weights' type: as good as float32 beside the rounding of y.
 template <int NT>
-static __device__ __forceinline__ void multiply(float (&c)[8][NT][4], const uint4 (&b)[8], const uint4* h, int lane) {
-    uint4 f[NT];
-#pragma unroll
-    for (int j = 0; j < NT; j++) f[j] = h[j * 32 + lane];
+static __device__ __forceinline__ void multiply(float (&c)[8][NT][4], const uint4 (&b)[8], const uint4 (&f)[NT]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const u32 pick = i & 1 ? 0x7632 : 0x5410;
@@ -54,6 +51,14 @@ static __device__ __forceinline__ void multiply(float (&c)[8][NT][4], const uint
             mma(c[i][j], a0, a1, a2, a3, f[j].z, f[j].w);
         }
     }
+}
+
+template <int NT>
+static __device__ __forceinline__ void multiply(float (&c)[8][NT][4], const uint4 (&b)[8], const uint4* h, int lane) {
+    uint4 f[NT];
+#pragma unroll
+    for (int j = 0; j < NT; j++) f[j] = h[j * 32 + lane];
+    multiply<NT>(c, b, f);
 }
 
 // The rank vectors of tokens `mine`..`mine + tokens - 1` of a tile: partials added in order, rounded, kept in shared

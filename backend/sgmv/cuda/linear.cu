@@ -6,22 +6,113 @@ struct Linear {
     const u16* x;
     const u16* w;  // [out][in]
     u16* y;
+    const int* row_slots;  // null: no row has an adapter
     long long x_stride, y_stride;
-    int rows, in_features, out_features;
+    int rows, in_features, out_features, eights;  // eights: rows of a tile of `lora`, by eight
+    Expand lora;
 };
 
-// The base product of at most 8 * NT rows, bound by reading w once: a block is 16 * MT rows of w, its 8 warps take
+// B h for each tile of `linear`, a tile ahead of it. A lane has 2 * MT columns next to each other; of two, the first is a
+// row of mma's upper eight and the second of its lower. UNITS times sixteen ranks of B are on their way at once.
+template <int MT, int NT>
+static __device__ __forceinline__ void few_deltas(const Linear& p, Adapted<8 * NT>& adapted, u32* h, float* deltas, int tiles,
+                                                  int thread) {
+    constexpr int C = 16 * MT, ROWS = 8 * NT, UNITS = 4, WARPS = HELPERS / 32;
+    const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
+    for (int i = thread; i < 2 * ROWS * C; i += HELPERS) deltas[i] = NO_DELTA;
+    adapted.load(p.lora, p.row_slots, p.rows, p.eights, thread, 1, 0, 1);
+    const int items = p.lora.header[0] * p.eights;
+    Item now, ahead;
+    u32 b[UNITS][4][MT];
+    int gathered = -1, number = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, number++) {
+        const int slice = slice_of(p.lora, tile * C), column = tile * C - p.lora.begin[slice] + 2 * MT * g;
+        const int width = p.lora.width[slice];
+        auto fetch = [&]() {
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                if (!ahead.valid) return;
+                const int r0 = ahead.block * 16 + 2 * q;
+                const u16* from = p.lora.weights + ahead.tile.x * p.lora.slot_stride +
+                                  ahead.tile.w * p.lora.b_unit[slice] + (long long)r0 * width + column;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int r = (i & 1) + (i >> 1) * 8;
+                    const u16* at = from + (long long)r * width;
+                    const bool inside = r0 + r < ahead.tile.w;
+                    if (MT == 2) {
+                        const uint2 v = inside ? __ldg((const uint2*)at) : make_uint2(0, 0);
+                        b[u][i][0] = v.x, b[u][i][MT - 1] = v.y;
+                    } else {
+                        b[u][i][0] = inside ? __ldg((const u32*)at) : 0;
+                    }
+                }
+                if (++ahead.block * 16 >= ahead.tile.w) ahead.seek(adapted.tiles, items, p.eights, ahead.index + WARPS, WARPS);
+            }
+        };
+        now.seek(adapted.tiles, items, p.eights, warp, WARPS);
+        ahead = now;
+        fetch();
+        if (gathered < 0) wait_for_previous();
+        if (gathered >= 0 && gathered != slice) meet<3>(HELPERS);
+        if (gathered != slice) adapted.gather(p.lora, h, p.rows, slice, thread);
+        gathered = slice;
+        float* mine = deltas + (number & 1) * ROWS * C + 2 * MT * g;
+        float d[MT][4];
+        while (now.valid) {
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                if (!now.valid) break;
+                if (now.block == 0)
+#pragma unroll
+                    for (int i = 0; i < MT * 4; i++) d[i >> 2][i & 3] = 0.f;
+                const uint4 f = now.fragment(h, p.lora.h_rank, g, q);
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    const u32 a0 = __byte_perm(b[u][0][m], b[u][1][m], 0x5410), a1 = __byte_perm(b[u][0][m], b[u][1][m], 0x7632);
+                    const u32 a2 = __byte_perm(b[u][2][m], b[u][3][m], 0x5410), a3 = __byte_perm(b[u][2][m], b[u][3][m], 0x7632);
+                    mma(d[m], a0, a1, a2, a3, f.x, f.y);
+                    mma(d[m], a0, a1, a2, a3, f.z, f.w);
+                }
+                if (++now.block * 16 < now.tile.w) continue;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int token = now.first + 2 * q + i;
+                    if (token >= now.tile.z) continue;
+                    float* to = mine + adapted.rows[now.tile.y + token] * C;
+                    if (MT == 2)
+                        *(float4*)to = make_float4(d[0][i], d[0][2 + i], d[MT - 1][i], d[MT - 1][2 + i]);
+                    else
+                        *(float2*)to = make_float2(d[0][i], d[0][2 + i]);
+                }
+                now.seek(adapted.tiles, items, p.eights, now.index + WARPS, WARPS);
+            }
+            fetch();
+        }
+        __syncthreads();
+    }
+}
+
+// The base product of at most 8 * NT rows, bound by reading w once: a block is 16 * MT rows of w, eight of its warps take
 // 64 columns in turn, streamed with x through rings of their own. The first of w do not wait for x.
 template <int MT, int NT, int DEPTH>
 static __device__ __forceinline__ void linear(const Linear& p) {
     constexpr int STAGE = (16 * MT + 8 * NT) * 64, STRIDE = 16 * MT + 4;
-    extern __shared__ __align__(16) u16 memory[];  // [8 warps][DEPTH][w: 16 * MT, x: 8 * NT][64], then float sums
+    // [8 warps][DEPTH][w: 16 * MT, x: 8 * NT][64], then sums; a row of 128 bytes is copied faster if it is aligned to as many.
+    extern __shared__ __align__(128) u16 aligned_memory[];
+    u16* memory = aligned_memory;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     u16* ring = memory + warp * DEPTH * STAGE;
     float* sums = (float*)(memory + 8 * DEPTH * STAGE);  // [8 warps][8 * NT][STRIDE]
+    float* deltas = sums + 8 * 8 * NT * STRIDE;          // [2][8 * NT][16 * MT], for tiles in turn; then h
+    __shared__ Adapted<8 * NT> adapted;
     const int tiles = (p.out_features + 16 * MT - 1) / (16 * MT), steps = (p.in_features + 63) / 64;
     const int spot = swizzled(lane >> 3, lane & 7);
     let_next_start();
+    if (warp >= 8) {
+        few_deltas<MT, NT>(p, adapted, (u32*)(deltas + 2 * 8 * NT * 16 * MT), deltas, tiles, threadIdx.x - 256);
+        return;
+    }
     struct Cursor {
         int tile, step, slot;
     } w_next = {(int)blockIdx.x, warp, 0}, x_next = w_next;
@@ -63,8 +154,8 @@ static __device__ __forceinline__ void linear(const Linear& p) {
         fetch_x();
         commit_copies();
     }
-    int used = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    int used = 0, number = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, number++) {
         float c[MT][NT][4];
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) c[i / (NT * 4)][i / 4 % NT][i & 3] = 0.f;
@@ -94,23 +185,25 @@ static __device__ __forceinline__ void linear(const Linear& p) {
             used = used + 1 == DEPTH ? 0 : used + 1;
             __syncwarp();
         }
-        __syncthreads();
+        meet<1>(256);
         float* mine = sums + warp * 8 * NT * STRIDE;
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++)
             mine[(i / 4 % NT * 8 + 2 * q + (i & 1)) * STRIDE + i / (NT * 4) * 16 + g + (i >> 1 & 1) * 8] =
                 c[i / (NT * 4)][i / 4 % NT][i & 3];
         __syncthreads();
+        const float* delta = deltas + (number & 1) * 8 * NT * 16 * MT;
         for (int cell = threadIdx.x; cell < p.rows * 16 * MT; cell += 256) {
             const int token = cell / (16 * MT), column = cell % (16 * MT), n = tile * 16 * MT + column;
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < 8; w++) sum += sums[(w * 8 * NT + token) * STRIDE + column];
+            if (p.row_slots) sum = plus(sum, delta[cell], adapted.scales[token]);
             if (n < p.out_features) p.y[token * p.y_stride + n] = (u16)pack(sum, 0.f);
         }
     }
 }
 
-KERNEL(linear_8, 256, 1, Linear, linear<1 COMMA 1 COMMA 5>)
-KERNEL(linear_16, 256, 1, Linear, linear<1 COMMA 2 COMMA 4>)
-KERNEL(linear_32, 256, 1, Linear, linear<2 COMMA 4 COMMA 2>)
+KERNEL(linear_8, 384, 1, Linear, linear<1 COMMA 1 COMMA 5>)
+KERNEL(linear_16, 384, 1, Linear, linear<1 COMMA 2 COMMA 4>)
+KERNEL(linear_32, 384, 1, Linear, linear<2 COMMA 4 COMMA 2>)

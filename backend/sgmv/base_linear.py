@@ -1,0 +1,160 @@
+"""The base product of few rows together with what LoRA adds to it, as one kernel that follows `cuda_kernels.shrink`.
+
+Up to 32 rows `linear_*` (`cuda/linear.cu`), on GPUs with enough shared memory; up to 128 rows `linear_wide_*`
+(`cuda/linear_wide.cu`), on Hopper. While most warps stream the base weights, others compute B h of the adapted rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from backend.sgmv.arguments import LinearArgs, TensorMap, WideArgs, columns, expand_args
+from backend.sgmv.nvrtc import Kernels, checked, kernels
+from backend.sgmv.segments import PIECE, Segments, padded_rank
+from backend.sgmv.slots import FusedLinear, SlotBank
+
+Lora = tuple[SlotBank, FusedLinear, Segments]
+"""Where adapters live, which linear it is, and the batch's segments."""
+
+BOX = 64
+"""Columns that the copy engine fetches at a time: 128 bytes, as its widest swizzle has them."""
+
+RING_MOST = 24
+"""Stages of a ring at most; fixed in `cuda/linear_wide.cu`."""
+
+LEAN_BYTES, LEAN_STAGES = 190 * 1024, 5
+"""With so much shared memory a block fits beside blocks of the shrink before it, so that w is on its way while they run; not
+where the ring would have fewer stages."""
+
+SPLIT_COLUMNS = 8192
+"""From so many columns on two blocks share them, where there are processors for both."""
+
+BUSY = 0.7
+"""Share of the processors that must have a block, or cuBLAS is faster (but for few adapted rows)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is launched; `columns`: of y that a block takes at a time, `depth`: stages of its ring, if it asks."""
+
+    name: str
+    grid: int
+    threads: int
+    shared_bytes: int
+    columns: int
+    rows: int
+    cluster: int = 1
+    depth: int = 0
+
+
+def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch | None:
+    """`linear_*`: 16 * `m_tiles` rows of the weight and 8 * `eights` rows of x a block, `depth` ring stages."""
+    for eights, m_tiles, depth in ((1, 1, 5), (2, 1, 4), (4, 2, 2)):
+        width, most = 16 * m_tiles, 8 * eights
+        # So large that a multiprocessor holds one block, and the next launch's waits its turn.
+        shared = 8 * depth * (width + most) * 128 + 8 * most * (width + 4) * 4
+        if rank:
+            shared += 4 * most * (2 * width + rank + 4)
+        whole = not rank or not any(w % width for w in slices)
+        if rows <= most and whole and shared <= run.rooms[f"linear_{most}"]:
+            grid = min(-(-sum(slices) // width), run.processors)
+            return Launch(f"linear_{most}", grid, 384 if rank else 256, shared, width, most)
+    return None
+
+
+def _wide(rows: int, slices: tuple[int, ...], width: int, rank: int, run: Kernels) -> Launch | None:
+    """`linear_wide_*`: 64 or 128 rows of the weight and all rows of x a block."""
+    features, most = sum(slices), 64 if rows <= 64 else 128
+    groups = 2 if features >= 128 * run.processors else 1
+    name, tile = f"linear_wide_{most}_{groups}", 64 * groups
+    tiles = -(-features // tile)
+    cluster = 2 if width >= SPLIT_COLUMNS and 2 * tiles <= run.processors else 1
+    idle = tiles * cluster < BUSY * run.processors
+    if name not in run.rooms or features % 8 or (rank and any(w % tile for w in slices)):
+        return None
+    if (most > 64 and (idle or not rank)) or (idle and not rank):
+        return None
+    stage, sums = (tile + most) * BOX * 2, most * (tile + 4) * 4
+    fixed = sums * cluster + (most * (rank + 4) * 4 if rank else 0)
+    depth = (LEAN_BYTES - fixed) // stage
+    if depth < LEAN_STAGES:
+        depth = (run.rooms[name] - fixed) // stage
+    depth = min(depth, RING_MOST)
+    if depth < 3:
+        return None
+    grid = tiles * cluster if cluster > 1 else min(tiles, run.processors)
+    return Launch(name, grid, 128 * groups + 160, fixed + depth * stage, tile, most, cluster, depth)
+
+
+def _plan(x: torch.Tensor, slices: tuple[int, ...], lora: Lora | None) -> Launch | None:
+    rows, width = x.shape
+    if width % 8 or rows > 128:
+        return None
+    run, rank = kernels(x.dtype), padded_rank(lora[0].max_lora_rank) if lora else 0
+    return _few(rows, slices, rank, run) if rows <= 32 else _wide(rows, slices, width, rank, run)
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora: Lora | None = None) -> bool:
+    """Whether `linear` serves `x` [T, in] and `weight` [out, in]; where it does not, cuBLAS is as fast or faster."""
+    return bias is None and _plan(x, lora[1].out_features if lora else (len(weight),), lora) is not None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora | None = None) -> None:
+    """`out = x @ weight.T`, plus the LoRA product of the adapted rows if `lora`; see `takes`.
+
+    `x` [T, in], `weight` [out, in] contiguous, `out` [T, out]. It begins to fetch `weight` while its predecessor in the
+    stream still runs. With `lora` it follows `cuda_kernels.shrink`, and the bits are those of the base product rounded, and
+    `cuda_kernels.expand` after it. A row's bits do not depend on the other rows' values.
+    """
+    slices = lora[1].out_features if lora else (len(weight),)
+    plan, run = _plan(x, slices, lora), kernels(x.dtype)
+    assert plan is not None, "see takes"
+    common = (x.shape[0], x.shape[1], len(weight))
+    if plan.depth:
+        maps = _map(weight, len(weight), plan.columns), _map(x, len(x), plan.rows)
+        args = WideArgs(*maps, out.data_ptr(), None, out.stride(0), *common, 0, plan.depth)
+    else:
+        args = LinearArgs(x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, x.stride(0), out.stride(0), *common, 0)
+    if lora:
+        bank, layout, segments = lora
+        args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.tiling.tile_rows // 8
+        groups = columns(layout.out_features, plan.columns)[2]
+        pieces = -(-x.shape[1] // PIECE)
+        args.lora = expand_args(out, bank, layout, segments, groups=groups, pieces=pieces, long_run=1)
+    run.launch(plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=True, cluster=plan.cluster)
+
+
+def _map(matrix: torch.Tensor, rows: int, box_rows: int) -> ctypes.Array[ctypes.c_ulonglong]:
+    return _tensor_map(matrix.data_ptr(), matrix.dtype, rows, matrix.shape[1], matrix.stride(0), box_rows)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(
+    address: int, dtype: torch.dtype, rows: int, width: int, stride: int, box_rows: int
+) -> ctypes.Array[ctypes.c_ulonglong]:
+    """What the copy engine must know of a matrix [rows, width] to fetch boxes of `box_rows` rows; zeros outside."""
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    half = dtype == torch.float16
+    made = checked(
+        driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            address,
+            [driver.cuuint64_t(width), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(2 * stride)],
+            [driver.cuuint32_t(BOX), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "sgmv: tensor map",
+    )
+    return TensorMap.from_buffer_copy(ctypes.string_at(made.getPtr(), ctypes.sizeof(TensorMap)))

@@ -1,0 +1,102 @@
+"""The base product of few rows on a GPU: against float64, and with LoRA added the bits of both one after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from backend.sgmv import Segments, SlotBank, SlotLayout, base_linear, cuda_kernels
+
+pytestmark = pytest.mark.gpu
+
+LLAMA_8B = {
+    "q_proj": (4096, 4096),
+    "k_proj": (4096, 1024),
+    "v_proj": (4096, 1024),
+    "o_proj": (4096, 4096),
+    "gate_proj": (4096, 14336),
+    "up_proj": (4096, 14336),
+    "down_proj": (14336, 4096),
+}
+LLAMA_1B = {
+    "q_proj": (2048, 2048),
+    "k_proj": (2048, 512),
+    "v_proj": (2048, 512),
+    "o_proj": (2048, 2048),
+    "gate_proj": (2048, 8192),
+    "up_proj": (2048, 8192),
+    "down_proj": (8192, 2048),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [(4096, 6144), (14336, 4096), (896, 1000), (3584, 18944), (4096, 128256)])
+def test_base_product_of_few_rows(features: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(features[1], features[0], device="cuda", dtype=dtype)
+    x = torch.randn(64, features[0] + 8, device="cuda", dtype=dtype)[:, : features[0]]
+    outs: list[list[torch.Tensor]] = [[], []]
+    for rows in (64, 41, 33, 32, 16, 9, 8, 3, 1):
+        out = torch.full((rows, features[1]), float("nan"), device="cuda", dtype=dtype)
+        if not base_linear.takes(x[:rows], weight, None):
+            assert rows > 32, f"{rows} rows"
+            continue
+        base_linear.linear(x[:rows], weight, out)
+        truth = x[:rows].double() @ weight.double().T
+        assert float((out.double() - truth).norm() / truth.norm()) < 3e-3
+        outs[rows > 32].append(out[0])
+    for alike in outs:
+        assert all(torch.equal(alike[0], other) for other in alike), "a row's bits depend on the batch"
+
+
+def bank_of(shape: dict[str, tuple[int, int]], ranks: list[int], dtype: torch.dtype) -> SlotBank:
+    bank = SlotBank(SlotLayout.of(shape, 1), len(ranks), max(ranks), dtype=dtype, device=torch.device("cuda"))
+    bank.weights.fill_(float("nan"))
+    for slot, rank in enumerate(ranks):
+        packed = torch.randn(rank * bank.layout.unit, device="cuda") * 0.02
+        bank.write(slot, packed.to(dtype), rank, 0.3 + slot)
+    return bank
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_1B], ids=["8b", "1b"])
+@pytest.mark.parametrize("ranks", [[16] * 128, [8, 16, 64, 32, 1, 24, 50, 64], [128, 7, 100]], ids=str)
+def test_lora_in_the_base_product_has_the_bits_of_both_apart(
+    shape: dict[str, tuple[int, int]], ranks: list[int], dtype: torch.dtype
+) -> None:
+    """Random mixes over scratch memory full of NaN: the base product, then shrink and expand, against shrink and one kernel."""
+    ranks = ranks[:: 4 if shape is LLAMA_8B and len(ranks) > 64 else 1]
+    bank, rng = bank_of(shape, ranks, dtype), np.random.default_rng(len(ranks))
+    compared = 0
+    for name in ("qkv", "o", "gate_up", "down"):
+        linear = bank.layout.layers[0][name]
+        weight = torch.randn(sum(linear.out_features), linear.in_features, device="cuda", dtype=dtype)
+        weight *= linear.in_features**-0.5
+        for rows in (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 50, 64, 65, 90, 128):
+            buffers = Segments.allocate(rows, bank)
+            x = torch.randn(rows, linear.in_features, device="cuda", dtype=dtype)
+            for most in (len(ranks), 2, 0):
+                mix = rng.integers(-1, most, rows) if most < 9 else rng.permutation(np.arange(rows) % most)
+                slots = torch.tensor(mix, dtype=torch.int32, device="cuda")
+                segments = buffers.of(slots, bank)
+                if not base_linear.takes(x, weight, None, (bank, linear, segments)):
+                    continue
+                together = torch.full((rows, len(weight)), float("nan"), device="cuda", dtype=dtype)
+                apart = torch.zeros_like(together)
+                buffers.partials.fill_(float("nan"))
+                cuda_kernels.shrink(x, bank, linear, segments)
+                base_linear.linear(x, weight, together, (bank, linear, segments))
+                plan = base_linear._plan(x, linear.out_features, (bank, linear, segments))
+                assert plan is not None
+                base = torch.full((rows,), -1, dtype=torch.int32, device="cuda")
+                plain = Segments.allocate(rows, bank).of(base, bank)
+                base_linear.linear(x, weight, apart, (bank, linear, plain))
+                truth = x.double() @ weight.double().T
+                assert float((apart.double() - truth).norm() / truth.norm()) < 3e-3
+                segments = buffers.of(slots, bank)
+                cuda_kernels.shrink(x, bank, linear, segments)
+                cuda_kernels.expand(apart, bank, linear, segments)
+                assert torch.equal(together, apart), f"{name}, {rows} rows of {most} adapters ({plan.name})"
+                compared += 1
+    print(f"{compared} batches compared bit for bit")
+    assert compared > 100

@@ -1,0 +1,81 @@
+"""Which kernel takes a base product, and that the structures Python fills are those the kernels read."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from backend.sgmv import base_linear
+from backend.sgmv.arguments import ExpandArgs, LinearArgs, ShrinkArgs, WideArgs
+from backend.sgmv.nvrtc import Kernels
+
+ROOM = 227 * 1024
+WIDE = {f"linear_wide_{rows}_{groups}": ROOM - 4096 for rows in (64, 128) for groups in (1, 2)}
+FEW = {f"linear_{rows}": ROOM - 1024 for rows in (8, 16, 32)}
+HOPPER = Kernels({}, {**FEW, **WIDE}, 132)
+AMPERE = Kernels({}, dict.fromkeys(FEW, 163 * 1024), 108)
+LINEARS = {
+    "qkv": ((4096, 1024, 1024), 4096),
+    "o": ((4096,), 4096),
+    "gate_up": ((14336, 14336), 4096),
+    "down": ((4096,), 14336),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("rank", [0, 16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 9, 32, 33, 64, 65, 128])
+def test_a_launch_fits_its_processor(name: str, rank: int, rows: int) -> None:
+    slices, width = LINEARS[name]
+    few = rows <= 32
+    plan = base_linear._few(rows, slices, rank, HOPPER) if few else base_linear._wide(rows, slices, width, rank, HOPPER)
+    if plan is None:
+        assert rows > 32 and (name == "o" or rank == 0)
+        return
+    assert plan.shared_bytes <= HOPPER.rooms[plan.name]
+    assert rows <= plan.rows
+    assert few or 3 <= plan.depth <= base_linear.RING_MOST
+    assert plan.grid % plan.cluster == 0
+    tiles = -(-sum(slices) // plan.columns)
+    assert plan.grid == tiles * plan.cluster if plan.cluster > 1 else plan.grid <= min(tiles, HOPPER.processors)
+
+
+def test_slices_that_do_not_end_with_a_tile_are_left_to_others() -> None:
+    assert base_linear._few(8, (3584, 520, 520), 16, HOPPER) is None
+    assert base_linear._few(8, (3584, 520, 520), 0, HOPPER) is not None
+    assert base_linear._wide(64, (3584, 520, 520), 3584, 16, HOPPER) is None
+
+
+def test_without_wgmma_or_shared_memory_only_few_rows_are_taken() -> None:
+    assert base_linear._wide(64, (4096,), 14336, 16, AMPERE) is None
+    assert base_linear._few(8, (4096,), 16, AMPERE) is not None
+    assert base_linear._few(32, (4096,), 16, AMPERE) is None
+
+
+def test_a_rank_that_leaves_no_room_for_a_ring_is_not_taken() -> None:
+    assert base_linear._wide(128, (14336, 14336), 4096, 64, HOPPER) is not None
+    assert base_linear._wide(128, (14336, 14336), 4096, 256, HOPPER) is None
+
+
+def test_the_structures_are_as_large_as_the_kernels_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    from backend.sgmv import nvrtc
+
+    pairs = {"Shrink": ShrinkArgs, "Expand": ExpandArgs, "Linear": LinearArgs, "LinearWide": WideArgs}
+    checks = "".join(f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "");\n' for name, kind in pairs.items())
+    whole = nvrtc.source() + checks.encode()
+    monkeypatch.setattr(nvrtc, "source", lambda: whole)
+    try:
+        nvrtc.compile_cubin((9, 0), half=False)
+    except RuntimeError as error:
+        if "do not compile" in str(error):
+            raise
+        pytest.skip(f"no NVRTC library: {error}")
+
+
+def test_bias_and_odd_widths_go_to_cublas() -> None:
+    x, weight = torch.zeros(4, 4096), torch.zeros(8, 4096)
+    assert not base_linear.takes(x, weight, torch.zeros(8))
+    assert not base_linear.takes(torch.zeros(4, 4092), torch.zeros(8, 4092), None)
