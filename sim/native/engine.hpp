@@ -55,10 +55,11 @@ class Engine {
 
     Int add(Int row, double at_s) {
         const Requests& r = *requests_;
-        State state{row, r.prompt_tokens[row], r.limit[row], r.adapter[row], r.priority[row], r.arrival_s[row]};
-        if (config.enable_prefix_caching) state.prefix = r.prefix(row);
-        states.push_back(std::move(state));
-        scheduler.waiting.add(&states.back());
+        states.push_back({row, r.prompt_tokens[row], r.limit[row], r.adapter[row], r.priority[row], r.arrival_s[row]});
+        State& state = states.back();
+        if (config.enable_prefix_caching && r.prefix_id[row] >= 0)
+            state.findable = std::make_unique<Findable>(Findable{r.prefix(row), {}, {}});
+        scheduler.waiting.add(&state);
         steady_ = false;
         if (idle()) {
             now_s = at_s;

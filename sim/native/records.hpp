@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -60,6 +61,13 @@ struct Adapters {
     Int count() const { return static_cast<Int>(rank.size()) - 1; }
 };
 
+// With prefix caching: what of a request others may find, or itself when it comes back after a preemption.
+struct Findable {
+    std::vector<std::pair<Int, Int>> prefix;  // its common beginning: (end, id) with rising ends
+    std::vector<int> blocks;                  // those that it holds, its first ones
+    std::vector<int> own;                     // by index past the common beginning: the oldest copy, or -1
+};
+
 // sim/state.py, RequestState.
 struct State {
     Int row, prompt, limit, adapter, priority;
@@ -70,9 +78,7 @@ struct State {
     bool preempted = false, done = false, waiting = true;
     Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0, passes = 0;
     double first_scheduled_s = NEVER, finish_s = NEVER;
-    std::vector<int> blocks;                  // with prefix caching; `held` counts them without
-    std::vector<std::pair<Int, Int>> prefix;  // with prefix caching
-    std::vector<int> own;                     // with prefix caching: findable block of each own index, or -1
+    std::unique_ptr<Findable> findable;
 
     Int tokens() const { return prompt + emitted; }
 };
