@@ -82,6 +82,11 @@ class AdapterSlots {
         if (gpu.has(adapter)) gpu.touch(adapter);
         else load(adapter);
     }
+    // A resident adapter was used.
+    void touch(Int adapter) {
+        host.touch(adapter);
+        gpu.touch(adapter);
+    }
     void pin(Int adapter) {
         host.pinned[adapter] = 1;
         if (!gpu.has(adapter)) load(adapter);

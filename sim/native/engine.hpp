@@ -1,6 +1,7 @@
 // One engine on a clock of its own: sim/replica.py, Replica.
 #pragma once
 
+#include <deque>
 #include <memory>
 
 #include "adapter_slots.hpp"
@@ -11,10 +12,8 @@ namespace replay {
 
 // A step that was handed to the GPU.
 struct Flight {
-    bool there = false;
     Plan plan;
     StepRow row{};
-    double end_s = 0;
 };
 
 class Engine {
@@ -22,13 +21,13 @@ class Engine {
     Engine(Config config, std::shared_ptr<const Requests> requests, std::shared_ptr<const Adapters> adapters,
            std::shared_ptr<const StepCosts> costs, const std::vector<Int>& pinned, const std::vector<Int>& registered,
            Int keep_rows, double now_s)
-        : config(config), scheduler(config, adapters->count(), pinned),
-          slots(config.max_loras, config.max_cpu_loras, adapters->count()), uses(adapters->count() + 1), now_s(now_s),
-          requests_(std::move(requests)), adapters_(std::move(adapters)), costs_(std::move(costs)), sum_(costs_->sizes),
-          keep_rows_(keep_rows), stamp_(this->adapters_->count() + 1, 0), lora_rows_(this->adapters_->count() + 1, 0) {
+        : config(config), scheduler(config, *adapters, costs->sizes, pinned),
+          slots(config.max_loras, config.max_cpu_loras, adapters->count()), now_s(now_s), requests_(std::move(requests)),
+          adapters_(std::move(adapters)), costs_(std::move(costs)), keep_rows_(keep_rows),
+          counted_(this->adapters_->rank.size(), 0) {
         for (Int a : registered) slots.bring(a);
         carry_out(true);
-        std::fill(uses.begin(), uses.end(), Use{});
+        std::fill(uses().table.begin(), uses().table.end(), Use{});
         moves.clear();
         for (Int a : pinned) {
             slots.bring(a);
@@ -43,7 +42,6 @@ class Engine {
     std::deque<State> states;
     std::vector<StepRow> rows;
     std::vector<MoveRow> moves;
-    std::vector<Use> uses;
     Totals totals;
     double now_s;  // of the last thing that happened
     Int finished = 0;
@@ -60,7 +58,7 @@ class Engine {
         if (config.enable_prefix_caching && r.prefix_id[row] >= 0)
             state.findable = std::make_unique<Findable>(Findable{r.prefix(row), {}, {}});
         scheduler.waiting.add(&state);
-        steady_ = false;
+        nobody_fits_ = false;
         if (idle()) {
             now_s = at_s;
             planning_ = true;
@@ -87,7 +85,7 @@ class Engine {
                 planning_ = false;
                 return false;
             }
-            if (steady_ && repeat(until_s, last)) continue;
+            if (repeat(until_s, last)) continue;
             step();
         }
     }
@@ -95,10 +93,23 @@ class Engine {
     // Play until `at_s` and count the requests that wait or run then; -1 where rows must be taken first.
     Int look(double at_s) {
         if (advance(at_s, false)) return -1;
-        return static_cast<Int>(scheduler.running.size() + scheduler.waiting.all.size());
+        return scheduler.running.size() + static_cast<Int>(scheduler.waiting.all.size());
+    }
+
+    // What each adapter lived through so far.
+    std::vector<Use> adapter_uses() const {
+        std::vector<Use> out = scheduler.lockstep.uses.table;
+        for (Int a = 1; a <= adapters_->count(); ++a) {
+            if (scheduler.lockstep.rows.of(a) == 0) continue;
+            const Int plans = scheduler.lockstep.uses.going_on(a, scheduler.lockstep.planned);
+            out[a].step_uses += plans;
+            out[a].hits += plans;
+        }
+        return out;
     }
 
   private:
+    AdapterUses& uses() { return scheduler.lockstep.uses; }
     bool full() const { return keep_rows_ > 0 && static_cast<Int>(rows.size()) >= keep_rows_; }
 
     void step() {
@@ -112,7 +123,7 @@ class Engine {
         }
         if (landing_) {
             planning_ = false;
-            land_s_ = now_s + std::max(0.0, landing_->end_s - now_s);
+            land_s_ = now_s + std::max(0.0, landing_->row.end_s - now_s);
         } else if (stuck) {
             throw IntegrityError("I10: the engine has requests and plans nothing");
         }
@@ -124,7 +135,7 @@ class Engine {
     Flight* plan_and_launch() {
         Flight& flight = spare();
         Plan& plan = flight.plan;
-        scheduler.schedule(plan);
+        scheduler.schedule(plan, flying_ ? &flying_->plan : nullptr);
         Int cached = 0;
         for (std::size_t i = static_cast<std::size_t>(plan.running); i < plan.items.size(); ++i) {
             const Item& item = plan.items[i];
@@ -135,8 +146,11 @@ class Engine {
             }
         }
         note_progress(static_cast<Int>(plan.preempted.size()), plan.sampled);
+        // Whether one more request fits may change with what the cache holds.
+        nobody_fits_ = plan.admitted() == 0 && plan.preempted.empty() && !(scheduler.pool.caching && plan.stopped);
         if (plan.tokens == 0) return nullptr;
         launch(flight, cached);
+        scheduler.commit(plan);
         return &flight;
     }
 
@@ -149,60 +163,56 @@ class Engine {
     void launch(Flight& flight, Int cached) {
         const Plan& plan = flight.plan;
         StepRow& row = flight.row = StepRow{};
-        bool plain = plan.admitted() == 0 && plan.preempted.empty() &&
-                     plan.items.size() == scheduler.running.size() && plan.sampled == static_cast<Int>(plan.items.size());
-        ++steps_seen_;
-        used_.clear();
-        sum_.begin();
-        for (const Item& item : plan.items) {
-            const State& state = *item.state;
-            sum_.add(item.tokens, item.computed);
-            if (item.computed < state.prompt) {
-                row.prefill_tokens += item.tokens;
-                ++row.prefill_requests;
-            }
-            if (state.adapter == BASE) continue;
-            if (stamp_[state.adapter] != steps_seen_) {
-                stamp_[state.adapter] = steps_seen_;
-                lora_rows_[state.adapter] = 0;
-                used_.push_back(state.adapter);
-            }
-            lora_rows_[state.adapter] += item.tokens;
-        }
-        plain = plain && plan.tokens == static_cast<Int>(plan.items.size()) && row.prefill_requests == 0;
-        for (Int a : used_) sum_.adapter(lora_rows_[a], adapters_->rank[a]);
-        sum_.end(config.max_loras, after_prompts_, plan.passed);
-        after_prompts_ = !sum_.f.decode_only;
-        if (config.set_order)
-            std::stable_sort(used_.begin(), used_.end(),
-                             [&](Int a, Int b) { return adapters_->order[a] < adapters_->order[b]; });
-        touch();
-        plain = plain && slots.moves.empty();
+        const Features f = features(plan);
+        bring_in(plan);
         for (const Move& move : slots.moves) {
             row.stages += move.kind == STAGE;
             row.activations += move.kind == LOAD;
             row.evictions += move.kind == EVICT;
         }
         const auto [stage_s, copy_s] = carry_out();
-        const Timing timing = costs_->predict(sum_.f);
+        for (const Item& item : plan.items) {
+            if (item.computed >= item.state->prompt) continue;
+            row.prefill_tokens += item.tokens;
+            ++row.prefill_requests;
+        }
         row.tokens = plan.tokens;
-        row.decode_requests = static_cast<Int>(plan.items.size()) - row.prefill_requests;
-        row.distinct_adapters = static_cast<Int>(used_.size());
+        row.decode_requests = f.requests - row.prefill_requests;
+        row.distinct_adapters = f.active_adapters;
         row.admitted = plan.admitted();
         row.preempted = static_cast<Int>(plan.preempted.size());
         row.skipped = plan.passed;
         row.cached_tokens = cached;
-        fly(flight, timing, stage_s, copy_s);
-        steady_ = plain;
+        fly(row, costs_->predict(f), stage_s, copy_s);
+        after_prompts_ = !f.decode_only;
+    }
+
+    // What the costs of the next step depend on.
+    Features features(const Plan& plan) {
+        Lockstep& lockstep = scheduler.lockstep;
+        Features f;
+        prompts_.begin();
+        for (const Item& item : plan.items) {
+            prompts_.add(f, item.tokens, item.computed, costs_->sizes);
+            lockstep.rows.add(item.state->adapter, item.tokens);
+        }
+        lockstep.rows.fill(f);
+        for (const Item& item : plan.items) lockstep.rows.add(item.state->adapter, -item.tokens);
+        lockstep.fill(f, prompts_.decodes);
+        prompts_.end(f, costs_->sizes);
+        f.decode_only = f.decodes == f.requests;
+        f.after_prompts = after_prompts_;
+        f.skipped = plan.passed;
+        f.idle_slots = f.active_adapters ? std::max<Int>(0, config.max_loras - f.active_adapters) : 0;
+        return f;
     }
 
     // Times of a step that is launched now (sim/replica.py says what the host and the GPU do side by side).
-    void fly(Flight& flight, const Timing& timing, double stage_s, double copy_s) {
-        StepRow& row = flight.row;
+    void fly(StepRow& row, const Timing& timing, double stage_s, double copy_s) {
         row.start_s = std::max(now_s, gpu_free_s_);
         const double ready_s = std::max(now_s + stage_s + timing.host_s, gpu_free_s_);
         gpu_free_s_ = ready_s + copy_s + timing.device_s;
-        flight.end_s = row.end_s = gpu_free_s_;
+        row.end_s = gpu_free_s_;
         row.device_s = timing.device_s;
         row.host_s = timing.host_s;
         row.load_s = stage_s + copy_s;
@@ -211,75 +221,44 @@ class Engine {
         row.free_blocks = scheduler.pool.free();
     }
 
-    void touch() {
-        for (Int a : used_) {
-            ++uses[a].step_uses;
-            uses[a].hits += slots.slot[a] >= 0;
-        }
-        slots.apply(used_);
-    }
-
-    // Seconds of the moves that were decided: (stages, loads); `at_once`: before the start, where they take no time.
-    std::pair<double, double> carry_out(bool at_once = false) {
-        double stage_s = 0.0, copy_s = 0.0;
-        for (const Move& move : slots.moves) {
-            const double at_s = at_once ? now_s : now_s + stage_s + copy_s;
-            double seconds = 0.0;
-            if (move.kind == STAGE) {
-                ++uses[move.adapter].stages;
-                seconds = adapters_->stage_s[move.adapter];
-            } else if (move.kind == LOAD) {
-                ++uses[move.adapter].activations;
-                seconds = adapters_->load_s[move.adapter];
-            } else if (move.kind == EVICT) {
-                ++uses[move.adapter].evictions;
-            }
-            (move.kind == LOAD ? copy_s : stage_s) += seconds;
-            if (keep_rows_) moves.push_back({at_s, at_s + seconds, move.kind, move.adapter, move.slot});
-        }
-        slots.moves.clear();
-        return {stage_s, copy_s};
-    }
+    // How the adapters of the next plan come in (residency.hpp).
+    void bring_in(const Plan& plan);
+    void load_missing(const Plan& plan, Int number);
+    std::pair<double, double> carry_out(bool at_once = false);
 
     void land(Flight& flight) {
         scheduler.update(flight.plan, now_s, done_);
         for (State* state : done_) state->finish_s = now_s;
         finished += static_cast<Int>(done_.size());
-        if (!done_.empty()) steady_ = false;
+        if (!done_.empty()) nobody_fits_ = false;
         flight.row.finished = static_cast<Int>(done_.size());
         record(flight.row);
     }
 
     void record(StepRow& row) {
-        row.running = static_cast<Int>(scheduler.running.size());
+        row.running = scheduler.running.size();
         row.waiting = static_cast<Int>(scheduler.waiting.all.size());
         row.step = totals.steps;
         totals.add(row);
         if (keep_rows_) rows.push_back(row);
     }
 
-    // Many like steps at once (repeat.hpp).
-    bool repeat(double until_s, bool last);
-    void sort_by_remainder();
-    const std::vector<int>& bucket(Int steps) const;
-    void take_blocks(const std::vector<int>& fresh, Int steps);
-    void catch_up(std::size_t i, Int steps);
+    bool repeat(double until_s, bool last);  // many like steps at once (repeat.hpp)
 
     std::shared_ptr<const Requests> requests_;
     std::shared_ptr<const Adapters> adapters_;
     std::shared_ptr<const StepCosts> costs_;
-    FeatureSum sum_;
+    PromptSum prompts_;
     Int keep_rows_;
-    std::vector<Int> stamp_, lora_rows_, used_;
-    std::vector<State*> done_;
-    std::vector<std::vector<int>> buckets_;
-    std::vector<int> touched_;
-    std::vector<Int> moved_;
+    std::vector<Int> counted_;  // by adapter: the number of the last plan that counted it
+    std::vector<Int> used_;
+    std::vector<State*> done_, filling_;
     Flight flights_[2];
     Flight *landing_ = nullptr, *flying_ = nullptr;
     double land_s_ = 0.0, gpu_free_s_ = 0.0;
-    bool planning_ = false, steady_ = false, after_prompts_ = false;
-    Int preemptions_ = 0, steps_seen_ = 0;
+    bool planning_ = false, after_prompts_ = false;
+    bool nobody_fits_ = false;  // the last plan admitted nobody, and nothing has happened since
+    Int preemptions_ = 0;
 };
 
 }  // namespace replay

@@ -55,7 +55,7 @@ class KvPool {
         return true;
     }
 
-    // Takes `count` free blocks; without prefix caching, whoever gets them.
+    // `count` free blocks are held from now on, by requests that count them themselves.
     void take(Int count) { free_.take(count); }
 
     // Makes the full blocks among the first `tokens` tokens findable.
@@ -66,6 +66,9 @@ class KvPool {
             state.findable->blocks.push_back(free_.publish(state, index, shared_id(state, index)));
         state.registered = full;
     }
+
+    // Whether it has yet to fill a block of a common beginning.
+    bool shares(const State& state) const { return caching && state.registered < shared_blocks(state); }
 
     void release(State& state) {
         // From last to first, so that the end of a prefix is given away before its beginning; blocks that cannot be found

@@ -68,20 +68,27 @@ struct Findable {
     std::vector<int> own;                     // by index past the common beginning: the oldest copy, or -1
 };
 
-// sim/state.py, RequestState.
+// sim/state.py, RequestState. Where it decodes in lockstep, what it has come to is counted from then on (lockstep.hpp).
 struct State {
     Int row, prompt, limit, adapter, priority;
     double arrival_s;
-    // What every step reads lies together.
     Int computed = 0, emitted = 0, placeholders = 0, held = 0, registered = 0;
+    Int joined = NOT_JOINED;                    // the plan after which it decodes in lockstep
+    Int last = 0;                               // in lockstep: the plan that samples its last token
+    Int seat = 0;                               // those that run do so in the order of their seats
+    State *before = nullptr, *after = nullptr;  // its neighbours among them
     double first_token_s = NEVER;
     bool preempted = false, done = false, waiting = true;
     Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0, passes = 0;
     double first_scheduled_s = NEVER, finish_s = NEVER;
     std::unique_ptr<Findable> findable;
 
+    static constexpr Int NOT_JOINED = -1;
+    bool in_lockstep() const { return joined != NOT_JOINED; }
     Int tokens() const { return prompt + emitted; }
 };
+
+inline bool by_seat(const State* a, const State* b) { return a->seat < b->seat; }
 
 // sim/tables.py, StepRow.
 struct StepRow {
