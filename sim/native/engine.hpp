@@ -164,7 +164,7 @@ class Engine {
         const Plan& plan = flight.plan;
         StepRow& row = flight.row = StepRow{};
         const Features f = features(plan);
-        bring_in(plan);
+        bring_in(plan, f.active_adapters);
         for (const Move& move : slots.moves) {
             row.stages += move.kind == STAGE;
             row.activations += move.kind == LOAD;
@@ -222,8 +222,9 @@ class Engine {
     }
 
     // How the adapters of the next plan come in (residency.hpp).
-    void bring_in(const Plan& plan);
-    void load_missing(const Plan& plan, Int number);
+    void bring_in(const Plan& plan, Int adapters);
+    void load_last(const Plan& plan, Int number);
+    void load_in_turn(const Plan& plan, Int number);
     std::pair<double, double> carry_out(bool at_once = false);
 
     void land(Flight& flight) {
