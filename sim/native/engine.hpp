@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "adapter_slots.hpp"
+#include "clock.hpp"
 #include "scheduler.hpp"
-#include "step_costs.hpp"
 
 namespace replay {
 
@@ -22,7 +22,7 @@ class Engine {
            std::shared_ptr<const StepCosts> costs, const std::vector<Int>& pinned, const std::vector<Int>& registered,
            Int keep_rows, double now_s)
         : config(config), scheduler(config, *adapters, costs->sizes, pinned),
-          slots(config.max_loras, config.max_cpu_loras, adapters->count()), now_s(now_s), requests_(std::move(requests)),
+          slots(config.max_loras, config.max_cpu_loras, adapters->count()), clock{now_s}, requests_(std::move(requests)),
           adapters_(std::move(adapters)), costs_(std::move(costs)), keep_rows_(keep_rows),
           counted_(this->adapters_->rank.size(), 0) {
         for (Int a : registered) slots.bring(a);
@@ -43,13 +43,13 @@ class Engine {
     std::vector<StepRow> rows;
     std::vector<MoveRow> moves;
     Totals totals;
-    double now_s;  // of the last thing that happened
+    Clock clock;
     Int finished = 0;
 
     // Whether nothing is left to do until a request arrives.
     bool idle() const { return !planning_ && !landing_; }
     // When the step in the air lands; `now_s` if the next thing is a plan.
-    double next_s() const { return landing_ ? land_s_ : now_s; }
+    double next_s() const { return landing_ ? land_s_ : clock.now_s; }
 
     Int add(Int row, double at_s) {
         const Requests& r = *requests_;
@@ -60,7 +60,7 @@ class Engine {
         scheduler.waiting.add(&state);
         nobody_fits_ = false;
         if (idle()) {
-            now_s = at_s;
+            clock.now_s = at_s;
             planning_ = true;
         }
         return static_cast<Int>(states.size()) - 1;
@@ -74,13 +74,13 @@ class Engine {
             if (full()) return true;
             if (landing_) {
                 if (land_s_ > until_s) return false;
-                now_s = land_s_;
+                clock.now_s = land_s_;
                 land(*landing_);
                 landing_ = nullptr;
                 planning_ = true;
             }
             if (full()) return true;
-            if (!planning_ || (!last && now_s >= until_s) || now_s > until_s) return false;
+            if (!planning_ || (!last && clock.now_s >= until_s) || clock.now_s > until_s) return false;
             if (scheduler.running.empty() && scheduler.waiting.all.empty() && !flying_) {
                 planning_ = false;
                 return false;
@@ -121,12 +121,14 @@ class Engine {
         } else {
             landing_ = launched;
         }
-        if (landing_) {
-            planning_ = false;
-            land_s_ = now_s + std::max(0.0, landing_->row.end_s - now_s);
-        } else if (stuck) {
-            throw IntegrityError("I10: the engine has requests and plans nothing");
-        }
+        if (landing_) land_later(*landing_, clock.landed_s(landing_->row));
+        else if (stuck) throw IntegrityError("I10: the engine has requests and plans nothing");
+    }
+    // Nothing is planned until `flight` lands.
+    void land_later(Flight& flight, double at_s) {
+        landing_ = &flight;
+        land_s_ = at_s;
+        planning_ = false;
     }
 
     // Two flights are enough: one in the air, one being planned.
@@ -141,13 +143,13 @@ class Engine {
             const Item& item = plan.items[i];
             cached += item.found;
             if (std::isnan(item.state->first_scheduled_s)) {
-                item.state->first_scheduled_s = now_s;
+                item.state->first_scheduled_s = clock.now_s;
                 item.state->cached_tokens = item.found;
             }
         }
         note_progress(static_cast<Int>(plan.preempted.size()), plan.sampled);
-        // Whether one more request fits may change with what the cache holds.
-        nobody_fits_ = plan.admitted() == 0 && plan.preempted.empty() && !(scheduler.pool.caching && plan.stopped);
+        // Whether one more request fits may change with what the cache holds, and with the budget that prompts leave.
+        nobody_fits_ = plan.items.empty() && plan.preempted.empty() && !(scheduler.pool.caching && plan.stopped);
         if (plan.tokens == 0) return nullptr;
         launch(flight, cached);
         scheduler.commit(plan);
@@ -183,7 +185,9 @@ class Engine {
         row.preempted = static_cast<Int>(plan.preempted.size());
         row.skipped = plan.passed;
         row.cached_tokens = cached;
-        fly(row, costs_->predict(f), stage_s, copy_s);
+        row.used_blocks = scheduler.pool.used();
+        row.free_blocks = scheduler.pool.free();
+        clock.launch(row, costs_->predict(f), stage_s, copy_s);
         after_prompts_ = !f.decode_only;
     }
 
@@ -207,20 +211,6 @@ class Engine {
         return f;
     }
 
-    // Times of a step that is launched now (sim/replica.py says what the host and the GPU do side by side).
-    void fly(StepRow& row, const Timing& timing, double stage_s, double copy_s) {
-        row.start_s = std::max(now_s, gpu_free_s_);
-        const double ready_s = std::max(now_s + stage_s + timing.host_s, gpu_free_s_);
-        gpu_free_s_ = ready_s + copy_s + timing.device_s;
-        row.end_s = gpu_free_s_;
-        row.device_s = timing.device_s;
-        row.host_s = timing.host_s;
-        row.load_s = stage_s + copy_s;
-        row.extrapolated = timing.extrapolated;
-        row.used_blocks = scheduler.pool.used();
-        row.free_blocks = scheduler.pool.free();
-    }
-
     // How the adapters of the next plan come in (residency.hpp).
     void bring_in(const Plan& plan, Int adapters);
     void load_last(const Plan& plan, Int number);
@@ -228,15 +218,15 @@ class Engine {
     std::pair<double, double> carry_out(bool at_once = false);
 
     void land(Flight& flight) {
-        scheduler.update(flight.plan, now_s, done_);
-        for (State* state : done_) state->finish_s = now_s;
+        scheduler.update(flight.plan, clock.now_s, done_);
+        for (State* state : done_) state->finish_s = clock.now_s;
         finished += static_cast<Int>(done_.size());
         if (!done_.empty()) nobody_fits_ = false;
         flight.row.finished = static_cast<Int>(done_.size());
-        record(flight.row);
+        record(flight.row, totals);
     }
 
-    void record(StepRow& row) {
+    void record(StepRow& row, Totals& totals) {
         row.running = scheduler.running.size();
         row.waiting = static_cast<Int>(scheduler.waiting.all.size());
         row.step = totals.steps;
@@ -256,9 +246,9 @@ class Engine {
     std::vector<State*> done_, filling_;
     Flight flights_[2];
     Flight *landing_ = nullptr, *flying_ = nullptr;
-    double land_s_ = 0.0, gpu_free_s_ = 0.0;
+    double land_s_ = 0.0;
     bool planning_ = false, after_prompts_ = false;
-    bool nobody_fits_ = false;  // the last plan admitted nobody, and nothing has happened since
+    bool nobody_fits_ = false;  // the last plan was of the lockstep alone, and nothing has happened since
     Int preemptions_ = 0;
 };
 

@@ -126,7 +126,7 @@ PYBIND11_MODULE(_native, m) {
         .def("look", &Engine::look)
         .def("next_s", &Engine::next_s)
         .def("idle", &Engine::idle)
-        .def_readonly("now_s", &Engine::now_s)
+        .def_property_readonly("now_s", [](const Engine& e) { return e.clock.now_s; })
         .def_readonly("finished", &Engine::finished)
         .def("running", [](const Engine& e) { return e.scheduler.running.size(); })
         .def("waiting", [](const Engine& e) { return e.scheduler.waiting.all.size(); })

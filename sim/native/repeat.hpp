@@ -11,7 +11,7 @@ inline bool Engine::repeat(double until_s, bool last) {
     Lockstep& lockstep = scheduler.lockstep;
     KvPool& pool = scheduler.pool;
     const bool lags = config.async_scheduling;
-    if (after_prompts_ || !scheduler.all_in_lockstep()) return false;
+    if (!scheduler.all_in_lockstep()) return false;
     if (!nobody_fits_ && scheduler.has_seat() && !scheduler.waiting.all.empty()) return false;
     if (lags && (flying_ == nullptr || !flying_->plan.sampling.empty())) return false;
     const Int most = lockstep.next_end() - lockstep.planned - 1;
@@ -20,6 +20,7 @@ inline bool Engine::repeat(double until_s, bool last) {
     Plan& plan = latest.plan;
     if (!nobody_fits_) plan.only_lockstep();
     plan.items.clear();  // they have joined the lockstep
+    plan.sampling.clear();
     const Features f = features(plan);
     StepCosts::Decodes decodes(*costs_, f);
     // One row lands while the other is in the air.
@@ -30,30 +31,42 @@ inline bool Engine::repeat(double until_s, bool last) {
         row.skipped = plan.passed;
     }
     StepRow* flying = &latest.row;
+    Clock at = clock;  // copies, which nothing else can change
+    Totals sums = totals;
     Int steps = 0;
-    for (; steps < most && !full() && (last ? now_s <= until_s : now_s < until_s); ++steps) {
-        const Timing timing = decodes.next();
-        const double gpu_s = std::max(now_s + timing.host_s, gpu_free_s_) + timing.device_s;
-        const double landed_s = now_s + std::max(0.0, (lags ? flying->end_s : gpu_s) - now_s);
-        if (landed_s > until_s) break;
+    while (steps < most && !full() && (last ? at.now_s <= until_s : at.now_s < until_s)) {
+        StepRow* launched = &turns[steps % 2];
+        Clock then = at;
+        then.launch(*launched, decodes.next());
+        StepRow* landing = lags ? flying : launched;
+        const double landed_s = at.landed_s(*landing);
         const Int fresh = lockstep.beginning();
-        if (fresh > pool.free()) break;
-        pool.take(fresh);
+        if (fresh > pool.free() || (lags && landed_s > until_s)) break;
+        if (fresh > 0) pool.take(fresh);
         if (!lockstep.filling().empty()) {
             filling_ = lockstep.filling();
             for (State* state : filling_) scheduler.publish(*state);
         }
-        StepRow* launched = &turns[steps % 2];
-        fly(*launched, timing, 0.0, 0.0);
-        now_s = landed_s;
-        record(lags ? *flying : *launched);
-        flying = launched;
+        launched->used_blocks = pool.used();
+        launched->free_blocks = pool.free();
         lockstep.plan();
+        ++steps;
+        flying = launched;
+        at.gpu_free_s = then.gpu_free_s;
+        if (landed_s > until_s) {
+            land_later(latest, landed_s);
+            break;
+        }
+        record(*landing, sums);
         ++lockstep.landed;
+        at.now_s = landed_s;
     }
     if (steps == 0) return false;
     nobody_fits_ = true;
+    after_prompts_ = false;
     preemptions_ = 0;
+    clock = at;
+    totals = sums;
     latest.row = *flying;
     plan.number = lockstep.planned;
     if (plan.to_the_end) scheduler.waiting.pass(steps);

@@ -65,7 +65,7 @@ inline void Engine::load_in_turn(const Plan& plan, Int number) {
 inline std::pair<double, double> Engine::carry_out(bool at_once) {
     double stage_s = 0.0, copy_s = 0.0;
     for (const Move& move : slots.moves) {
-        const double at_s = at_once ? now_s : now_s + stage_s + copy_s;
+        const double at_s = at_once ? clock.now_s : clock.now_s + stage_s + copy_s;
         double seconds = 0.0;
         if (move.kind == STAGE) {
             ++uses().table[move.adapter].stages;

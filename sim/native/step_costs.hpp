@@ -37,6 +37,7 @@ class StepCosts {
     }
 
     // Decodes that are alike but for their contexts, which all grow by a token a step: what of their cost stays is added up once.
+    // Only the first of them may follow a step with prompts.
     class Decodes {
       public:
         Decodes(const StepCosts& costs, const Features& f) : costs_(costs), f_(f) {
@@ -49,8 +50,7 @@ class StepCosts {
             const auto rest = rest_of(f, size, costs.sizes);
             for (std::size_t i = 0; i < rest.size(); ++i)
                 if (const double product = c[2 + i] * static_cast<double>(rest[i]); product != 0.0) rest_[count_++] = product;
-            host_ = host_s(regime_->host, f);
-            launch_ = regime_->launch.empty() ? 0.0 : host_s(regime_->launch, f);
+            add_up_host();
         }
         // Of one step; the next one has a token more in every context.
         Timing next() {
@@ -62,10 +62,18 @@ class StepCosts {
             const Timing timing{device * costs_.factor, host_ * costs_.factor, !contains(*regime_, f_)};
             f_.kv_tokens += f_.requests;
             f_.max_kv += 1;
+            if (f_.after_prompts) {
+                f_.after_prompts = false;
+                add_up_host();
+            }
             return timing;
         }
 
       private:
+        void add_up_host() {
+            host_ = host_s(regime_->host, f_);
+            launch_ = regime_->launch.empty() ? 0.0 : host_s(regime_->launch, f_);
+        }
         const StepCosts& costs_;
         Features f_;
         const Regime* regime_;
