@@ -15,7 +15,7 @@ inline bool Engine::repeat(double until_s, bool last) {
     if (!nobody_fits_ && scheduler.has_seat() && !scheduler.waiting.all.empty()) return false;
     if (lags && (flying_ == nullptr || !flying_->plan.sampling.empty())) return false;
     const Int most = lockstep.next_end() - lockstep.planned - 1;
-    if (most < 1) return false;
+    if (most < 1 || lockstep.beginning() > pool.free()) return false;
     Flight& latest = lags ? *flying_ : flights_[0];
     Plan& plan = latest.plan;
     if (!nobody_fits_) plan.only_lockstep();
