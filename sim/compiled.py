@@ -187,6 +187,11 @@ class CompiledReplica:
         return int(count)
 
     @property
+    def looked_at(self) -> int:
+        """How often a plan or the end of a step looked at a request by itself: what the inner loop's work goes with, beside steps."""
+        return int(self._core.looked_at())
+
+    @property
     def kv_usage(self) -> float:
         self.catch_up()
         used, free = self._core.used_blocks(), self._core.free_blocks()

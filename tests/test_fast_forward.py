@@ -49,7 +49,7 @@ WORLD = st.fixed_dictionaries(
         "max_loras": st.integers(1, 4),
         "extra_cpu": st.integers(0, 3),
         "max_num_seqs": st.integers(1, 12),
-        "budget": st.integers(12, 90),
+        "budget": st.one_of(st.integers(2, 30), st.integers(12, 90)),
         "long_prefill_token_threshold": st.sampled_from([0, 3, 17]),
         "block_size": st.sampled_from([1, 3, 4, 16]),
         "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
@@ -109,9 +109,11 @@ def profile_of(w: dict) -> Profile:
 
 def config_of(w: dict) -> EngineConfig:
     keys = {key: w[key] for key in KEYS}
+    # Whole prompts must fit; chunked ones may take all of a step.
+    least = w["max_num_seqs"] if w["enable_chunked_prefill"] else LONGEST
     return EngineConfig(
-        max_cpu_loras=w["max_loras"] + w["extra_cpu"], max_num_batched_tokens=max(w["budget"], w["max_num_seqs"], LONGEST),
-        max_model_len=LONGEST, **keys,
+        max_cpu_loras=w["max_loras"] + w["extra_cpu"], max_num_batched_tokens=max(w["budget"], least), max_model_len=LONGEST,
+        **keys,
     )  # fmt: skip
 
 

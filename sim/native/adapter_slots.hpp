@@ -30,6 +30,11 @@ class LruCache {
         cut(adapter);
         append(adapter);
     }
+    // Of the longest unused, those that were `used` just now move to the end; so do pinned ones, for which it is all one.
+    template <class Used>
+    void renew(Used used) {
+        for (Int left = size_; left > 0 && (pinned[links_[0].next] || used(links_[0].next)); --left) touch(links_[0].next);
+    }
     void remove(Int adapter) {
         cut(adapter);
         links_[adapter].in = false;
@@ -62,7 +67,7 @@ class LruCache {
 class AdapterSlots {
   public:
     AdapterSlots(Int max_loras, Int max_cpu_loras, Int adapters)
-        : host(max_cpu_loras, adapters), gpu(max_loras, adapters), slot(adapters + 1, -1), max_loras_(max_loras) {
+        : host(max_cpu_loras, adapters), gpu(max_loras, adapters), slot(adapters + 1, -1) {
         for (Int s = 0; s < max_loras; ++s) free_.insert(s);
     }
 
@@ -70,17 +75,22 @@ class AdapterSlots {
     std::vector<Int> slot;
     std::vector<Move> moves;
 
-    void apply(const std::vector<Int>& adapters) {
-        if (static_cast<Int>(adapters.size()) > max_loras_)
-            throw AdapterError("a step uses " + std::to_string(adapters.size()) + " adapters, max_loras is " +
-                               std::to_string(max_loras_));
-        for (Int adapter : adapters) bring(adapter);
-    }
     void bring(Int adapter) {
         if (host.has(adapter)) host.touch(adapter);
         else stage(adapter);
         if (gpu.has(adapter)) gpu.touch(adapter);
         else load(adapter);
+    }
+    // A resident adapter was used.
+    void touch(Int adapter) {
+        host.touch(adapter);
+        gpu.touch(adapter);
+    }
+    // So that neither the host's nor the GPU's longest unused is one that was `used` just now.
+    template <class Used>
+    void renew(Used used) {
+        host.renew(used);
+        gpu.renew(used);
     }
     void pin(Int adapter) {
         host.pinned[adapter] = 1;
@@ -114,7 +124,6 @@ class AdapterSlots {
         gpu.remove(adapter);
     }
 
-    Int max_loras_;
     std::set<Int> free_;
 };
 

@@ -1,20 +1,19 @@
 // One engine on a clock of its own: sim/replica.py, Replica.
 #pragma once
 
+#include <deque>
 #include <memory>
 
 #include "adapter_slots.hpp"
+#include "clock.hpp"
 #include "scheduler.hpp"
-#include "step_costs.hpp"
 
 namespace replay {
 
 // A step that was handed to the GPU.
 struct Flight {
-    bool there = false;
     Plan plan;
     StepRow row{};
-    double end_s = 0;
 };
 
 class Engine {
@@ -22,13 +21,13 @@ class Engine {
     Engine(Config config, std::shared_ptr<const Requests> requests, std::shared_ptr<const Adapters> adapters,
            std::shared_ptr<const StepCosts> costs, const std::vector<Int>& pinned, const std::vector<Int>& registered,
            Int keep_rows, double now_s)
-        : config(config), scheduler(config, adapters->count(), pinned),
-          slots(config.max_loras, config.max_cpu_loras, adapters->count()), uses(adapters->count() + 1), now_s(now_s),
-          requests_(std::move(requests)), adapters_(std::move(adapters)), costs_(std::move(costs)), sum_(costs_->sizes),
-          keep_rows_(keep_rows), stamp_(this->adapters_->count() + 1, 0), lora_rows_(this->adapters_->count() + 1, 0) {
+        : config(config), scheduler(config, *adapters, costs->sizes, pinned),
+          slots(config.max_loras, config.max_cpu_loras, adapters->count()), clock{now_s}, requests_(std::move(requests)),
+          adapters_(std::move(adapters)), costs_(std::move(costs)), keep_rows_(keep_rows),
+          counted_(this->adapters_->rank.size(), 0) {
         for (Int a : registered) slots.bring(a);
         carry_out(true);
-        std::fill(uses.begin(), uses.end(), Use{});
+        std::fill(uses().table.begin(), uses().table.end(), Use{});
         moves.clear();
         for (Int a : pinned) {
             slots.bring(a);
@@ -43,25 +42,25 @@ class Engine {
     std::deque<State> states;
     std::vector<StepRow> rows;
     std::vector<MoveRow> moves;
-    std::vector<Use> uses;
     Totals totals;
-    double now_s;  // of the last thing that happened
+    Clock clock;
     Int finished = 0;
 
     // Whether nothing is left to do until a request arrives.
     bool idle() const { return !planning_ && !landing_; }
     // When the step in the air lands; `now_s` if the next thing is a plan.
-    double next_s() const { return landing_ ? land_s_ : now_s; }
+    double next_s() const { return landing_ ? land_s_ : clock.now_s; }
 
     Int add(Int row, double at_s) {
         const Requests& r = *requests_;
-        State state{row, r.prompt_tokens[row], r.limit[row], r.adapter[row], r.priority[row], r.arrival_s[row]};
-        if (config.enable_prefix_caching) state.prefix = r.prefix(row);
-        states.push_back(std::move(state));
-        scheduler.waiting.add(&states.back());
-        steady_ = false;
+        states.push_back({row, r.prompt_tokens[row], r.limit[row], r.adapter[row], r.priority[row], r.arrival_s[row]});
+        State& state = states.back();
+        if (config.enable_prefix_caching && r.prefix_id[row] >= 0)
+            state.findable = std::make_unique<Findable>(Findable{r.prefix(row), {}, {}});
+        scheduler.waiting.add(&state);
+        nobody_fits_ = false;
         if (idle()) {
-            now_s = at_s;
+            clock.now_s = at_s;
             planning_ = true;
         }
         return static_cast<Int>(states.size()) - 1;
@@ -75,18 +74,18 @@ class Engine {
             if (full()) return true;
             if (landing_) {
                 if (land_s_ > until_s) return false;
-                now_s = land_s_;
+                clock.now_s = land_s_;
                 land(*landing_);
                 landing_ = nullptr;
                 planning_ = true;
             }
             if (full()) return true;
-            if (!planning_ || (!last && now_s >= until_s) || now_s > until_s) return false;
+            if (!planning_ || (!last && clock.now_s >= until_s) || clock.now_s > until_s) return false;
             if (scheduler.running.empty() && scheduler.waiting.all.empty() && !flying_) {
                 planning_ = false;
                 return false;
             }
-            if (steady_ && repeat(until_s, last)) continue;
+            if (repeat(until_s, last)) continue;
             step();
         }
     }
@@ -94,10 +93,23 @@ class Engine {
     // Play until `at_s` and count the requests that wait or run then; -1 where rows must be taken first.
     Int look(double at_s) {
         if (advance(at_s, false)) return -1;
-        return static_cast<Int>(scheduler.running.size() + scheduler.waiting.all.size());
+        return scheduler.running.size() + static_cast<Int>(scheduler.waiting.all.size());
+    }
+
+    // What each adapter lived through so far.
+    std::vector<Use> adapter_uses() const {
+        std::vector<Use> out = scheduler.lockstep.uses.table;
+        for (Int a = 1; a <= adapters_->count(); ++a) {
+            if (scheduler.lockstep.rows.of(a) == 0) continue;
+            const Int plans = scheduler.lockstep.uses.going_on(a, scheduler.lockstep.planned);
+            out[a].step_uses += plans;
+            out[a].hits += plans;
+        }
+        return out;
     }
 
   private:
+    AdapterUses& uses() { return scheduler.lockstep.uses; }
     bool full() const { return keep_rows_ > 0 && static_cast<Int>(rows.size()) >= keep_rows_; }
 
     void step() {
@@ -109,12 +121,14 @@ class Engine {
         } else {
             landing_ = launched;
         }
-        if (landing_) {
-            planning_ = false;
-            land_s_ = now_s + std::max(0.0, landing_->end_s - now_s);
-        } else if (stuck) {
-            throw IntegrityError("I10: the engine has requests and plans nothing");
-        }
+        if (landing_) land_later(*landing_, clock.landed_s(landing_->row));
+        else if (stuck) throw IntegrityError("I10: the engine has requests and plans nothing");
+    }
+    // Nothing is planned until `flight` lands.
+    void land_later(Flight& flight, double at_s) {
+        landing_ = &flight;
+        land_s_ = at_s;
+        planning_ = false;
     }
 
     // Two flights are enough: one in the air, one being planned.
@@ -123,19 +137,22 @@ class Engine {
     Flight* plan_and_launch() {
         Flight& flight = spare();
         Plan& plan = flight.plan;
-        scheduler.schedule(plan);
+        scheduler.schedule(plan, flying_ ? &flying_->plan : nullptr);
         Int cached = 0;
         for (std::size_t i = static_cast<std::size_t>(plan.running); i < plan.items.size(); ++i) {
             const Item& item = plan.items[i];
             cached += item.found;
             if (std::isnan(item.state->first_scheduled_s)) {
-                item.state->first_scheduled_s = now_s;
+                item.state->first_scheduled_s = clock.now_s;
                 item.state->cached_tokens = item.found;
             }
         }
         note_progress(static_cast<Int>(plan.preempted.size()), plan.sampled);
+        // Whether one more request fits may change with what the cache holds, and with the budget that prompts leave.
+        nobody_fits_ = plan.items.empty() && plan.preempted.empty() && !(scheduler.pool.caching && plan.stopped);
         if (plan.tokens == 0) return nullptr;
         launch(flight, cached);
+        scheduler.commit(plan);
         return &flight;
     }
 
@@ -148,137 +165,91 @@ class Engine {
     void launch(Flight& flight, Int cached) {
         const Plan& plan = flight.plan;
         StepRow& row = flight.row = StepRow{};
-        bool plain = plan.admitted() == 0 && plan.preempted.empty() &&
-                     plan.items.size() == scheduler.running.size() && plan.sampled == static_cast<Int>(plan.items.size());
-        ++steps_seen_;
-        used_.clear();
-        sum_.begin();
-        for (const Item& item : plan.items) {
-            const State& state = *item.state;
-            sum_.add(item.tokens, item.computed);
-            if (item.computed < state.prompt) {
-                row.prefill_tokens += item.tokens;
-                ++row.prefill_requests;
-            }
-            if (state.adapter == BASE) continue;
-            if (stamp_[state.adapter] != steps_seen_) {
-                stamp_[state.adapter] = steps_seen_;
-                lora_rows_[state.adapter] = 0;
-                used_.push_back(state.adapter);
-            }
-            lora_rows_[state.adapter] += item.tokens;
-        }
-        plain = plain && plan.tokens == static_cast<Int>(plan.items.size()) && row.prefill_requests == 0;
-        for (Int a : used_) sum_.adapter(lora_rows_[a], adapters_->rank[a]);
-        sum_.end(config.max_loras, after_prompts_, plan.passed);
-        after_prompts_ = !sum_.f.decode_only;
-        if (config.set_order)
-            std::stable_sort(used_.begin(), used_.end(),
-                             [&](Int a, Int b) { return adapters_->order[a] < adapters_->order[b]; });
-        touch();
-        plain = plain && slots.moves.empty();
+        const Features f = features(plan);
+        bring_in(plan, f.active_adapters);
         for (const Move& move : slots.moves) {
             row.stages += move.kind == STAGE;
             row.activations += move.kind == LOAD;
             row.evictions += move.kind == EVICT;
         }
         const auto [stage_s, copy_s] = carry_out();
-        const Timing timing = costs_->predict(sum_.f);
+        for (const Item& item : plan.items) {
+            if (item.computed >= item.state->prompt) continue;
+            row.prefill_tokens += item.tokens;
+            ++row.prefill_requests;
+        }
         row.tokens = plan.tokens;
-        row.decode_requests = static_cast<Int>(plan.items.size()) - row.prefill_requests;
-        row.distinct_adapters = static_cast<Int>(used_.size());
+        row.decode_requests = f.requests - row.prefill_requests;
+        row.distinct_adapters = f.active_adapters;
         row.admitted = plan.admitted();
         row.preempted = static_cast<Int>(plan.preempted.size());
         row.skipped = plan.passed;
         row.cached_tokens = cached;
-        fly(flight, timing, stage_s, copy_s);
-        steady_ = plain;
-    }
-
-    // Times of a step that is launched now (sim/replica.py says what the host and the GPU do side by side).
-    void fly(Flight& flight, const Timing& timing, double stage_s, double copy_s) {
-        StepRow& row = flight.row;
-        row.start_s = std::max(now_s, gpu_free_s_);
-        const double ready_s = std::max(now_s + stage_s + timing.host_s, gpu_free_s_);
-        gpu_free_s_ = ready_s + copy_s + timing.device_s;
-        flight.end_s = row.end_s = gpu_free_s_;
-        row.device_s = timing.device_s;
-        row.host_s = timing.host_s;
-        row.load_s = stage_s + copy_s;
-        row.extrapolated = timing.extrapolated;
         row.used_blocks = scheduler.pool.used();
         row.free_blocks = scheduler.pool.free();
+        clock.launch(row, costs_->predict(f), stage_s, copy_s);
+        after_prompts_ = !f.decode_only;
     }
 
-    void touch() {
-        for (Int a : used_) {
-            ++uses[a].step_uses;
-            uses[a].hits += slots.slot[a] >= 0;
+    // What the costs of the next step depend on.
+    Features features(const Plan& plan) {
+        Lockstep& lockstep = scheduler.lockstep;
+        Features f;
+        prompts_.begin();
+        for (const Item& item : plan.items) {
+            prompts_.add(f, item.tokens, item.computed, costs_->sizes);
+            lockstep.rows.add(item.state->adapter, item.tokens);
         }
-        slots.apply(used_);
+        lockstep.rows.fill(f);
+        for (const Item& item : plan.items) lockstep.rows.add(item.state->adapter, -item.tokens);
+        lockstep.fill(f, prompts_.decodes);
+        prompts_.end(f, costs_->sizes);
+        f.decode_only = f.decodes == f.requests;
+        f.after_prompts = after_prompts_;
+        f.skipped = plan.passed;
+        f.idle_slots = f.active_adapters ? std::max<Int>(0, config.max_loras - f.active_adapters) : 0;
+        return f;
     }
 
-    // Seconds of the moves that were decided: (stages, loads); `at_once`: before the start, where they take no time.
-    std::pair<double, double> carry_out(bool at_once = false) {
-        double stage_s = 0.0, copy_s = 0.0;
-        for (const Move& move : slots.moves) {
-            const double at_s = at_once ? now_s : now_s + stage_s + copy_s;
-            double seconds = 0.0;
-            if (move.kind == STAGE) {
-                ++uses[move.adapter].stages;
-                seconds = adapters_->stage_s[move.adapter];
-            } else if (move.kind == LOAD) {
-                ++uses[move.adapter].activations;
-                seconds = adapters_->load_s[move.adapter];
-            } else if (move.kind == EVICT) {
-                ++uses[move.adapter].evictions;
-            }
-            (move.kind == LOAD ? copy_s : stage_s) += seconds;
-            if (keep_rows_) moves.push_back({at_s, at_s + seconds, move.kind, move.adapter, move.slot});
-        }
-        slots.moves.clear();
-        return {stage_s, copy_s};
-    }
+    // How the adapters of the next plan come in (residency.hpp).
+    void bring_in(const Plan& plan, Int adapters);
+    void load_last(const Plan& plan, Int number);
+    void load_in_turn(const Plan& plan, Int number);
+    std::pair<double, double> carry_out(bool at_once = false);
 
     void land(Flight& flight) {
-        scheduler.update(flight.plan, now_s, done_);
-        for (State* state : done_) state->finish_s = now_s;
+        scheduler.update(flight.plan, clock.now_s, done_);
+        for (State* state : done_) state->finish_s = clock.now_s;
         finished += static_cast<Int>(done_.size());
-        if (!done_.empty()) steady_ = false;
+        if (!done_.empty()) nobody_fits_ = false;
         flight.row.finished = static_cast<Int>(done_.size());
-        record(flight.row);
+        record(flight.row, totals);
     }
 
-    void record(StepRow& row) {
-        row.running = static_cast<Int>(scheduler.running.size());
+    void record(StepRow& row, Totals& totals) {
+        row.running = scheduler.running.size();
         row.waiting = static_cast<Int>(scheduler.waiting.all.size());
         row.step = totals.steps;
         totals.add(row);
         if (keep_rows_) rows.push_back(row);
     }
 
-    // Many like steps at once (repeat.hpp).
-    bool repeat(double until_s, bool last);
-    void sort_by_remainder();
-    const std::vector<int>& bucket(Int steps) const;
-    void take_blocks(const std::vector<int>& fresh, Int steps);
-    void catch_up(std::size_t i, Int steps);
+    bool repeat(double until_s, bool last);  // many like steps at once (repeat.hpp)
 
     std::shared_ptr<const Requests> requests_;
     std::shared_ptr<const Adapters> adapters_;
     std::shared_ptr<const StepCosts> costs_;
-    FeatureSum sum_;
+    PromptSum prompts_;
     Int keep_rows_;
-    std::vector<Int> stamp_, lora_rows_, used_;
-    std::vector<State*> done_;
-    std::vector<std::vector<int>> buckets_;
-    std::vector<int> touched_;
-    std::vector<Int> moved_;
+    std::vector<Int> counted_;  // by adapter: the number of the last plan that counted it
+    std::vector<Int> used_;
+    std::vector<State*> done_, filling_;
     Flight flights_[2];
     Flight *landing_ = nullptr, *flying_ = nullptr;
-    double land_s_ = 0.0, gpu_free_s_ = 0.0;
-    bool planning_ = false, steady_ = false, after_prompts_ = false;
-    Int preemptions_ = 0, steps_seen_ = 0;
+    double land_s_ = 0.0;
+    bool planning_ = false, after_prompts_ = false;
+    bool nobody_fits_ = false;  // the last plan was of the lockstep alone, and nothing has happened since
+    Int preemptions_ = 0;
 };
 
 }  // namespace replay

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "repeat.hpp"
+#include "residency.hpp"
 
 namespace py = pybind11;
 using namespace replay;
@@ -36,7 +37,7 @@ py::dict states_of(const Engine& e) {
     out["first_scheduled_s"] = column<double>(e, [](const State& s) { return s.first_scheduled_s; });
     out["first_token_s"] = column<double>(e, [](const State& s) { return s.first_token_s; });
     out["finish_s"] = column<double>(e, [](const State& s) { return s.finish_s; });
-    out["tokens_emitted"] = column<Int>(e, [](const State& s) { return s.emitted; });
+    out["tokens_emitted"] = column<Int>(e, [&](const State& s) { return e.scheduler.lockstep.emitted(s); });
     out["cached_tokens"] = column<Int>(e, [](const State& s) { return s.cached_tokens; });
     out["preemptions"] = column<Int>(e, [](const State& s) { return s.preemptions; });
     out["skips"] = column<Int>(e, [&](const State& s) { return e.scheduler.waiting.skips(s); });
@@ -125,12 +126,13 @@ PYBIND11_MODULE(_native, m) {
         .def("look", &Engine::look)
         .def("next_s", &Engine::next_s)
         .def("idle", &Engine::idle)
-        .def_readonly("now_s", &Engine::now_s)
+        .def_property_readonly("now_s", [](const Engine& e) { return e.clock.now_s; })
         .def_readonly("finished", &Engine::finished)
         .def("running", [](const Engine& e) { return e.scheduler.running.size(); })
         .def("waiting", [](const Engine& e) { return e.scheduler.waiting.all.size(); })
         .def("used_blocks", [](const Engine& e) { return e.scheduler.pool.used(); })
         .def("free_blocks", [](const Engine& e) { return e.scheduler.pool.free(); })
+        .def("looked_at", [](const Engine& e) { return e.scheduler.looked_at; })
         .def("resident", &resident)
         .def("running_adapters", [](const Engine& e) { return adapters_of(e.scheduler.running); })
         .def("waiting_adapters", [](const Engine& e) { return adapters_of(e.scheduler.waiting.all); })
@@ -138,9 +140,9 @@ PYBIND11_MODULE(_native, m) {
         .def("states", &states_of)
         .def("state", [](const Engine& e, std::size_t i) {
             const State& s = e.states.at(i);
-            return py::make_tuple(s.first_token_s, s.finish_s, s.emitted, s.preemptions, e.scheduler.waiting.skips(s));
+            return py::make_tuple(s.first_token_s, s.finish_s, e.scheduler.lockstep.emitted(s), s.preemptions, e.scheduler.waiting.skips(s));
         })
-        .def("uses", [](const Engine& e) { return array_of(e.uses); })
+        .def("uses", [](const Engine& e) { return array_of(e.adapter_uses()); })
         .def("rows", [](const Engine& e) { return array_of(e.rows); })
         .def("moves", [](const Engine& e) { return array_of(e.moves); })
         .def("forget_rows", [](Engine& e) {

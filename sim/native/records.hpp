@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -60,22 +61,34 @@ struct Adapters {
     Int count() const { return static_cast<Int>(rank.size()) - 1; }
 };
 
-// sim/state.py, RequestState.
+// With prefix caching: what of a request others may find, or itself when it comes back after a preemption.
+struct Findable {
+    std::vector<std::pair<Int, Int>> prefix;  // its common beginning: (end, id) with rising ends
+    std::vector<int> blocks;                  // those that it holds, its first ones
+    std::vector<int> own;                     // by index past the common beginning: the oldest copy, or -1
+};
+
+// sim/state.py, RequestState. Where it decodes in lockstep, what it has come to is counted from then on (lockstep.hpp).
 struct State {
     Int row, prompt, limit, adapter, priority;
     double arrival_s;
-    // What every step reads lies together.
     Int computed = 0, emitted = 0, placeholders = 0, held = 0, registered = 0;
+    Int joined = NOT_JOINED;                    // the plan after which it decodes in lockstep
+    Int last = 0;                               // in lockstep: the plan that samples its last token
+    Int seat = 0;                               // those that run do so in the order of their seats
+    State *before = nullptr, *after = nullptr;  // its neighbours among them
     double first_token_s = NEVER;
     bool preempted = false, done = false, waiting = true;
     Int preemptions = 0, skips = 0, cached_tokens = 0, place = 0, passes = 0;
     double first_scheduled_s = NEVER, finish_s = NEVER;
-    std::vector<int> blocks;                  // with prefix caching; `held` counts them without
-    std::vector<std::pair<Int, Int>> prefix;  // with prefix caching
-    std::vector<int> own;                     // with prefix caching: findable block of each own index, or -1
+    std::unique_ptr<Findable> findable;
 
+    static constexpr Int NOT_JOINED = -1;
+    bool in_lockstep() const { return joined != NOT_JOINED; }
     Int tokens() const { return prompt + emitted; }
 };
+
+inline bool by_seat(const State* a, const State* b) { return a->seat < b->seat; }
 
 // sim/tables.py, StepRow.
 struct StepRow {

@@ -1,93 +1,13 @@
-// What a step costs: backend/features.py, StepFeatures, and backend/predictor.py, Predictor.
+// What a step costs: backend/predictor.py, Predictor.
 // Sums are taken in the order in which Python takes them, so that both give the same bits.
 #pragma once
 
-#include <algorithm>
 #include <array>
-#include <functional>
-#include <memory>
 #include <optional>
 
-#include "records.hpp"
+#include "features.hpp"
 
 namespace replay {
-
-// Constants of backend/features.py and backend/base.py, handed over by Python.
-struct FeatureSizes { Int tile_rows, prefill_tile, decodes_at_once, split_decodes, tiles_at_once, grid_rows, wide_rows; };
-
-struct Features {
-    Int rows = 0, requests = 0, decodes = 0, kv_tokens = 0, max_kv = 0, kv_tail = 0, prefill_keys = 0, prefill_tail = 0,
-        lora_tiles = 0, active_adapters = 0, rank_sum = 0, max_rank = 0, row_rank = 0, idle_slots = 0, skipped = 0;
-    bool decode_only = false, after_prompts = false;
-};
-
-// Collects a step's requests into features.
-class FeatureSum {
-  public:
-    explicit FeatureSum(FeatureSizes sizes) : sizes_(sizes) {}
-
-    void begin() {
-        f = {};
-        keys_.clear();
-        tiles_.clear();
-    }
-    void add(Int query, Int context) {
-        f.rows += query;
-        ++f.requests;
-        if (query == 1) {
-            keys_.push_back(context + 1);
-            f.kv_tokens += context + 1;
-            return;
-        }
-        const Int tile = sizes_.prefill_tile, count = (query + tile - 1) / tile, whole = (query - 1) / tile;
-        f.prefill_keys += count * context + tile * (count * (count - 1) / 2) + query;
-        tiles_.push_back(context + query);
-        for (Int t = whole; t > std::max<Int>(0, whole - sizes_.tiles_at_once + 1); --t) tiles_.push_back(context + tile * t);
-    }
-    void adapter(Int rows, Int rank) {
-        f.lora_tiles += (rows + sizes_.tile_rows - 1) / sizes_.tile_rows;
-        ++f.active_adapters;
-        f.rank_sum += rank;
-        f.max_rank = std::max(f.max_rank, rank);
-        f.row_rank += rows * rank;
-    }
-    void end(Int max_loras, bool after_prompts, Int skipped) {
-        f.decodes = static_cast<Int>(keys_.size());
-        f.kv_tail = tail(keys_, at_once(f.decodes), false);
-        f.max_kv = keys_.empty() ? 0 : *std::max_element(keys_.begin(), keys_.end());
-        f.prefill_tail = tail(tiles_, sizes_.tiles_at_once, true);
-        f.decode_only = f.decodes == f.requests;
-        f.after_prompts = after_prompts;
-        f.skipped = skipped;
-        f.idle_slots = f.active_adapters ? std::max<Int>(0, max_loras - f.active_adapters) : 0;
-    }
-
-    Features f;
-
-  private:
-    Int at_once(Int decodes) const {
-        if (decodes > sizes_.split_decodes) return sizes_.decodes_at_once;
-        if (decodes == 0) return 0;
-        Int padded = 1;
-        while (padded < decodes) padded *= 2;
-        return std::max<Int>(1, padded / 2);
-    }
-    static Int tail(std::vector<Int>& lengths, Int width, bool idle) {
-        if (lengths.empty()) return 0;
-        const auto n = static_cast<std::ptrdiff_t>(std::min<Int>(width, static_cast<Int>(lengths.size())));
-        if (n < static_cast<std::ptrdiff_t>(lengths.size()))
-            std::nth_element(lengths.begin(), lengths.begin() + (n - 1), lengths.end(), std::greater<>());
-        Int longest = 0, sum = 0;
-        for (std::ptrdiff_t i = 0; i < n; ++i) {
-            longest = std::max(longest, lengths[i]);
-            sum += lengths[i];
-        }
-        return (idle ? width : static_cast<Int>(n)) * longest - sum;
-    }
-
-    FeatureSizes sizes_;
-    std::vector<Int> keys_, tiles_;
-};
 
 constexpr int REST = 12;    // terms of backend/predictor.py, TERMS, but for the first two
 constexpr int BOUNDED = 7;  // backend/predictor.py, BOUNDED
@@ -117,6 +37,7 @@ class StepCosts {
     }
 
     // Decodes that are alike but for their contexts, which all grow by a token a step: what of their cost stays is added up once.
+    // Only the first of them may follow a step with prompts.
     class Decodes {
       public:
         Decodes(const StepCosts& costs, const Features& f) : costs_(costs), f_(f) {
@@ -129,22 +50,30 @@ class StepCosts {
             const auto rest = rest_of(f, size, costs.sizes);
             for (std::size_t i = 0; i < rest.size(); ++i)
                 if (const double product = c[2 + i] * static_cast<double>(rest[i]); product != 0.0) rest_[count_++] = product;
-            host_ = host_s(regime_->host, f);
-            launch_ = regime_->launch.empty() ? 0.0 : host_s(regime_->launch, f);
+            add_up_host();
         }
-        // One token more in every context.
+        // Of one step; the next one has a token more in every context.
         Timing next() {
-            f_.kv_tokens += f_.requests;
-            f_.max_kv += 1;
             double device = base_;
             device += kv_ * static_cast<double>(f_.kv_tokens);
             device += tail_ * static_cast<double>(f_.kv_tail + tail_tokens_ * f_.max_kv);
             for (int i = 0; i < count_; ++i) device += rest_[i];
             if (!regime_->launch.empty()) device = std::max(device, launch_);
-            return {device * costs_.factor, host_ * costs_.factor, !contains(*regime_, f_)};
+            const Timing timing{device * costs_.factor, host_ * costs_.factor, !contains(*regime_, f_)};
+            f_.kv_tokens += f_.requests;
+            f_.max_kv += 1;
+            if (f_.after_prompts) {
+                f_.after_prompts = false;
+                add_up_host();
+            }
+            return timing;
         }
 
       private:
+        void add_up_host() {
+            host_ = host_s(regime_->host, f_);
+            launch_ = regime_->launch.empty() ? 0.0 : host_s(regime_->launch, f_);
+        }
         const StepCosts& costs_;
         Features f_;
         const Regime* regime_;
