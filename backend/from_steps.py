@@ -97,8 +97,9 @@ def profile_from_steps(
 def _read_online(online: Sequence[tuple[Path, int]], rank: int) -> dict[str, pd.DataFrame]:
     runs: dict[str, pd.DataFrame] = {}
     for path, max_loras in online:
-        if read_table(path)[0] != "steps":
-            raise BackendError(f"--online {path}: not a step log (total_ms, sample_ms, loads, activations)")
+        kind, table = read_table(path)
+        if kind != "steps" or "t" not in table:
+            raise BackendError(f"--online {path}: not a step log with t, total_ms, sample_ms, loads, activations")
         name = path.name.removesuffix("_steps.csv")
         if name in runs:
             raise BackendError(f"--online {path}: a second run of the name {name}")

@@ -25,13 +25,13 @@ def with_host_of(predictor: Predictor, measured: Measured) -> Predictor:
     A live run's compositions change with its host's speed, which goes in waves of seconds: fitting a coefficient each would take one
     for the other. So each regime keeps the shape that a grid gave, scaled to the run's sum of seconds, and what a step after prompts
     takes more (a grid repeats one step and does not show it) is the mean beyond that. Regimes of which `measured` has fewer than
-    `_HOST_STEPS` steps keep theirs.
+    `_HOST_STEPS` steps, or launches that nobody timed, keep theirs.
     """
     placed = [predictor.regime(f)[0] for f in measured.steps]
     regimes = dict(predictor.regimes)
     for name, regime in predictor.regimes.items():
         part = measured.at([i for i, placed_at in enumerate(placed) if placed_at == name])
-        if len(part.steps) < _HOST_STEPS:
+        if len(part.steps) < _HOST_STEPS or (regime.launch and not part.launch_s.all()):
             continue
         rest_s = part.host_s - part.launch_s if regime.launch else part.host_s
         regimes[name] = replace(regime, host=_scaled(regime.host, part.steps, rest_s))

@@ -62,7 +62,7 @@ class HostSpeed:
 
     @classmethod
     def of(cls, predictor: Predictor, steps: pd.DataFrame) -> HostSpeed:
-        """From a run's steps; those whose launches the device hid say nothing and are left out."""
+        """From a run's steps; those whose launches the device hid, or nobody timed, say nothing and are left out."""
         kinds: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
         own = measured(steps)
         for at_s, f, device_s, host_s, launch_s in zip(
@@ -70,7 +70,7 @@ class HostSpeed:
         ):
             regime, _, launch, host = predictor.split(f)
             expected, took = (launch, launch_s + device_s) if regime.launch else (host, host_s)
-            if expected > 0 and not (regime.launch and device_s > WAITED_S):
+            if expected > 0 and not (regime.launch and (device_s > WAITED_S or launch_s == 0)):
                 kinds[bool(regime.launch)].append((at_s, took / expected, expected))
         captured, launched = (
             Ratios(*(zip(*sorted(kinds[kind]), strict=True) if kinds[kind] else ((), (), ()))) for kind in (False, True)

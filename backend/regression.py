@@ -143,7 +143,9 @@ def _largest_captured(measured: Measured, placed: Sequence[tuple[str, int]], eng
 
 
 def _eager(measured: Measured, placing: Predictor) -> Measured:
-    return measured.at([i for i, f in enumerate(measured.steps) if placing.regime(f)[0] == "eager"])
+    """The steps launched kernel by kernel whose launches were timed."""
+    timed = measured.launch_s > 0
+    return measured.at([i for i, f in enumerate(measured.steps) if timed[i] and placing.regime(f)[0] == "eager"])
 
 
 def _fit_eager(part: Measured, captured: Measured, engine: Engine, online: Measured | None) -> Regime:

@@ -48,7 +48,10 @@ RESIDUALS = """![Predicted over measured, every run](images/validation_runs.png)
 """
 
 INTERVALS = """How often the measured value lies in the 95 % interval of its seeds, and how wide that is (`half_width`: median, of the value).
-Seeds draw lengths and early ends anew; arrivals are the clients' own. What no seed draws, such as errors of the costs, is outside.
+Seeds draw lengths and early ends anew; arrivals are the clients' own. `_with_costs`: and all steps of a run may take longer or less long
+by what the fit does not know of them ({spread} of a logarithm, standard deviation: each training run's mean ITL beside what the other
+training runs and the micro-measurements say of it), carried to each metric by simulating the run once more, so much slower. What the
+front end costs, and that models end early, is not carried.
 """
 
 DECISIONS = """Decisions read from the grids: for each load the best `max_loras` (throughput, and of those within 2 % of it the lowest
@@ -94,12 +97,16 @@ def strangers(data: Path, results: Path) -> str:
         others = len(unseen(rows, known))
         counts = {"made": len(rows) - others, "clean": len(rows), "others": others}
         counts |= {"runs": table["run_id"].nunique(), "seeds": table["seed"].nunique()}
-        shares = ("smape", "median", "p90", "bias", "inside", "half_width", "exact", "within_one")
+        shares = (
+            "smape", "median", "p90", "bias", "exact", "within_one",
+            "inside", "half_width", "inside_with_costs", "half_width_with_costs",
+        )  # fmt: skip
         parts += [PREDICTED_RUNS.format(**counts), markdown(smape(table), shares) + "\n"]
         for model, own in table.groupby("model"):
             parts += [f"{model}:\n", markdown(smape(own), shares) + "\n"]
         parts += [RESIDUALS, DECISIONS, markdown(decisions(table), shares) + "\n"]
-        parts.append(INTERVALS)
+        spread = " and ".join(f"{one.spread:.3f}" for one in known.values())
+        parts.append(INTERVALS.format(spread=spread))
         intervals = coverage(table)
         parts.append(
             (markdown(intervals, shares) if len(intervals) else "Not measured: the table has one seed.") + "\n"

@@ -46,7 +46,7 @@ class Trace:
 def read_trace(requests: Path, steps: Path | None) -> Trace:
     """Read and check a run's tables. Raises `ScenarioError` naming file and column."""
     table = _read(requests, _COLUMNS).sort_values("arrival_s").reset_index(drop=True)
-    log = None if steps is None else _read(steps, ("total_ms", "waiting", "distinct_adapters", "activations"))
+    log = None if steps is None else _read(steps, ("t", "total_ms", "waiting", "distinct_adapters", "activations"))
     return Trace(requests.name.removesuffix(".csv").removesuffix("_requests"), table, log)
 
 

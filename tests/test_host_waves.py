@@ -147,6 +147,16 @@ def test_a_live_run_scales_the_grid_s_host_and_tells_what_follows_prompts() -> N
     )
 
 
+def test_launches_that_nobody_timed_are_not_taken_for_fast_ones() -> None:
+    untimed = logged([1.5] * 60).assign(launch_s=0.0)
+    before, after = PROFILE.predictor, with_host_of(PROFILE.predictor, measured(untimed))
+    assert after.regimes["eager"] == before.regimes["eager"]
+    assert after.regimes["decode"] != before.regimes["decode"]
+    speed = HostSpeed.of(PROFILE.predictor, untimed)
+    assert not speed.launched.at_s
+    assert speed.at(3.0, launched=True) == pytest.approx(1.5)
+
+
 def test_time_between_steps_is_the_host_s_in_a_closed_loop() -> None:
     log = logged([1.0] * 60)
     log.loc[0, "between_s"] = np.nan

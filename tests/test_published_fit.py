@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from backend.from_runs import COSTS, Steps, multipliers, seconds_of
 from sim.compiled import _native
 from sim.front_end import READ_EVERY_S, FrontEnd, sets_seen
 from sim.published import Known, made_again, seen_by_clients
-from sim.published_fit import FIRST_GUESS, FREE, known_of
+from sim.published_fit import FIRST_GUESS, FREE, Summary, _spread, known_of
 
 MODEL, WINDOW_S = "llama-3.1-8b-instruct", 240.0
 PLANTED = {
@@ -138,5 +139,25 @@ def test_planted_costs_come_back_from_what_clients_saw(tmp_path: Path) -> None:
     for sets, names in means:
         read = [one.read_s + sets * one.read_set_s + names * one.read_name_s for one in (found_front, front)]
         assert read[0] == pytest.approx(read[1], rel=0.15)
+    assert known.spread < 0.02
     passing = [one.request_s + 40 * one.token_s for one in (found_front, front)]
     assert passing[0] == pytest.approx(passing[1], rel=0.25)
+
+
+def test_the_spread_of_runs_is_that_of_their_own_seconds() -> None:
+    """Runs of known costs whose steps take 4 % more or less, by run: each lies about that far from what the others say."""
+    rng = np.random.default_rng(0)
+    runs, seen = [], []
+    for _ in range(60):
+        decodes, adapters = float(rng.integers(1, 200)), float(rng.integers(1, 64))
+        steps = Steps(*(np.array([value]) for value in (decodes, decodes, decodes, 300 * decodes, adapters)))
+        has = multipliers(steps, 64, 16)[0]
+        took = float(has @ [PLANTED[name] for name in FREE])
+        runs.append({"itl_mean_ms": 1e3 * took * np.exp(rng.normal(0, 0.04))})
+        seen.append(Summary(has, 0.0, 1.0, took, 0.0, 0.0, 0.0, 0.0))
+    batches = [(steps, 64, 16, took)]
+    assert _spread(runs, seen, batches, SERVERS) == pytest.approx(0.04, rel=0.25)
+    assert _spread([{"itl_mean_ms": 1e3 * one.itl_s} for one in seen], seen, batches, SERVERS) < 1e-3
+    slower = replace(SERVERS, spread=0.04).slower()
+    assert slower.costs["base_s"] == pytest.approx(PLANTED["base_s"] * np.exp(0.04))
+    assert slower.front_end == SERVERS.front_end

@@ -144,6 +144,11 @@ def test_bad_files_and_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFix
     table.to_csv(bad, index=False)
     assert main(["validate", "--trace", str(bad), "--max-loras", "8"]) == 2
     assert "x_requests.csv:3: prompt_tokens is many" in capsys.readouterr().err
+    pd.read_csv(STEPS).drop(columns="t").to_csv(tmp_path / "x_steps.csv", index=False)
+    assert (
+        main(["validate", "--trace", str(REQUESTS), "--steps", str(tmp_path / "x_steps.csv"), "--max-loras", "8"]) == 2
+    )
+    assert "has no column t;" in capsys.readouterr().err
     assert main(["validate", "--trace", str(tmp_path / "none.csv"), "--max-loras", "8"]) == 2
     assert "no such file" in capsys.readouterr().err
     assert main(["validate", "--trace", str(REQUESTS), "--max-loras", "8", "--fit-host-s", "0"]) == 2
