@@ -116,9 +116,9 @@ multilora validate --trace NAME_requests.csv --steps NAME_steps.csv --max-loras 
 ```
 
 Measured: four online runs of vLLM 0.24.0 on an H100 (Llama-3.1-8B shape, 32 adapters of rank 16, Poisson arrivals, 40 s; three
-machines: `ml32_rate8` and `ml32_rate16` ran on the same one). The shipped profile `vllm-0.24-h100-llama-3.1-8b` has the GPU's part from one decode grid and one prefill grid at `max_loras`
-32, and the host's part from these four runs. **Each run is predicted from a profile made without it**: `validate` finds out by the
-steps themselves that a run is among those of the profile, and leaves it out.
+machines: `ml32_rate8` and `ml32_rate16` ran on the same one). The shipped profile `vllm-0.24-h100-llama-3.1-8b` has the GPU's part from
+one decode grid and one prefill grid at `max_loras` 32, and the host's part from these four runs. **Each run is predicted from a profile
+made without it**: `validate` finds out by the steps themselves that a run is among those of the profile, and leaves it out.
 
 `blind`: nothing of the run is known. `host_fitted`: the host's seconds of the first 10 s of its step log are; how far they are believed
 to last is what runs differ by, over that and what 10 s of one run differ from its rest by. Both draw how the host's speed goes from

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
+from tqdm import tqdm
 
 from backend.fitting import measured
 from backend.geometry import load_geometry
@@ -57,7 +59,9 @@ class Loop:
         blocks = memory_plan(
             load_geometry(str(profile.meta["geometry"])), limits_of(self.config), profile.gpu_bytes
         ).num_gpu_blocks
-        played = [replayed(self.trace, profile, self.config, blocks, self.rank, host) for host in drawn]
+        label = f"{self.trace.name}, {name}"
+        shown = tqdm(drawn, desc=label, disable=not sys.stderr.isatty(), unit="run", delay=2)
+        played = [replayed(self.trace, profile, self.config, blocks, self.rank, host) for host in shown]
         table = compared(self.trace, played)
         names = {"simulated": name, **{column: f"{name}_{column}" for column in ("error", "low", "high")}}
         return table.rename(columns=names)
