@@ -10,6 +10,7 @@ import pandas as pd
 
 from backend.online import online_runs
 from backend.profile import load_profile
+from benchmarks.host_waves import levels
 from benchmarks.markdown import markdown
 from sim.validate import SEEDS, Run, Validation, validate
 
@@ -89,13 +90,14 @@ def inside(results: Sequence[Validation]) -> pd.DataFrame:
 def document(results: Sequence[Validation]) -> str:
     """The section."""
     shares = ("aim", "blind", "host_fitted", "host_known")
-    parts = [
-        HEAD.format(seeds=SEEDS),
-        markdown(bars(results), shares) + "\n",
-        INSIDE,
-        markdown(inside(results), ()) + "\n",
-        FOUND,
-    ]
+    parts = [HEAD.format(seeds=SEEDS), markdown(bars(results), shares) + "\n"]
+    parts += [INSIDE, markdown(inside(results), ()) + "\n", FOUND]
+    runs = online_runs(PROFILE, load_profile(PROFILE))
+    if runs is not None:
+        table, spread = levels(runs)
+        lie = {"windows": spread.windows, "runs": spread.runs, "trust": spread.trust(10.0)}
+        parts += [WAVES.format(**lie), markdown(table.round(2), ()) + "\n"]
+    parts.append(RUN_BY_RUN)
     for result in results:
         parts.append(f"### {result.name}\n")
         if result.steps is not None:
@@ -133,15 +135,14 @@ FOUND = """## What is known of the errors
 
 - **The host's speed goes in waves.** One thread launches every kernel, on a virtual machine. Launches of a step with prompts take 50 to
   60 ms for seconds, then 85 to 110 ms, then as before, whatever is in the step; what decodes take of the host rises and falls with them.
-  Measured over predicted host seconds of two steps 0.3 s apart correlate by 0.4 to 0.7 (`ml32b`: 0.1 to 0.3), those of steps more than
-  6 s apart hardly at all, and nothing grows over a run. Their cause (neighbours on the machine's cores?) was not measured.
+  Nothing grows over a run (the table below). Their cause (neighbours on the machine's cores?) was not measured.
 - Step costs of 3 % MAPE, p95 10 %, over all steps are not reached, blind or fitted. A function of the composition cannot: with the best
   factor for each composition, found with sight of the run itself (`best`), 4.2 to 7.6 % are left; `noise` is what is left if each step
   is predicted by its nearest steps of the same kind in time.
 - With the speed given (`host_known`) every aim of the closed loop is met. Without it, the errors left are what waves did after the
-  first 10 s: levels of 10 s of one run lie 11 to 13 % apart (standard deviation), those of whole runs, beside that, not at all
-  here, and by 12 % over six runs that are reported of such machines (62 to 90 ms a launch): the first 10 s tell about half.
-- The prefill grid was measured in such a wave: it says 81 ms a launch, live runs 69 to 75 ms on average, while decodes of a grid, one
+  first 10 s: levels of 10 s of one run lie further apart than those of these whole runs, but six runs that are reported of such machines
+  took 62 to 90 ms a launch, so the first 10 s are believed by about half.
+- The prefill grid seems to have been measured in such a wave: it says 81 ms a launch, live runs 69 to 75 ms on average, while decodes of a grid, one
   batch repeated, take a fifth less of the host than live ones. So the host comes from live runs, as a factor on the grid's shape: seven
   coefficients fitted to 10 s took waves for compositions.
 - A decode that follows a step with prompts takes about 1 ms longer (the batch is set up anew). Between two steps pass 0.1 ms, and 0.5 ms
@@ -157,8 +158,14 @@ FOUND = """## What is known of the errors
   is decided anew by every step's time, so TTFT differs by tens of per cent between seeds.
 - `max_loras` 8 is predicted from grids of 32: the grids of the LoRA kernels span all slots, and what a slot costs was measured
   on the kernels alone (`python -m benchmarks.slot_tiles`), never on these runs.
+"""
 
-## Run by run
+WAVES = """The level of each run's host, measured over what a profile made from the other runs predicts, and how alike (correlation) the ratios of two
+steps are by the seconds between them. Levels of 10 s lie {windows:.3f} of a logarithm from their run's (standard deviation), whole runs
+{runs:.3f} from each other, by `backend.host_speed.RUN_LAUNCH_MS`: of what 10 s say of a run, {trust:.0%} is believed to last.
+"""
+
+RUN_BY_RUN = """## Run by run
 
 Steps: relative error of every step in which no adapter moved, by composition (`bias`: its mean; `device_mape`: error of the GPU's part
 alone, over the step; `best`, `noise`: see above; `_host_fitted`: on the steps after the first 10 s).
