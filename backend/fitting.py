@@ -10,7 +10,7 @@ import pandas as pd
 
 from backend.base import NO_SLOT, StepBatch
 from backend.features import StepFeatures
-from backend.predictor import Predictor
+from backend.predictor import FloatArray, Predictor
 from backend.profile import LoadCurve
 from backend.regression import Measured
 
@@ -68,7 +68,11 @@ def accuracy(predictor: Predictor, steps: pd.DataFrame) -> dict[str, float]:
 
     `spread`: how far repeats of one step lie apart (p10 to p90 over the median; the median step), 0 without repeats.
     """
-    predicted = np.array([sum(predictor.predict(f)[:2]) for f in features_of(steps)])
+    return accuracy_of(np.array([sum(predictor.predict(f)[:2]) for f in features_of(steps)]), steps)
+
+
+def accuracy_of(predicted: FloatArray, steps: pd.DataFrame) -> dict[str, float]:
+    """`accuracy` of seconds that were predicted for `steps`."""
     error = np.abs(predicted / steps["elapsed_s"].to_numpy() - 1.0)
     spread = float(((steps["p90_s"] - steps["p10_s"]) / steps["elapsed_s"]).median())
     return {"steps": len(steps), "mape": float(error.mean()), "p95": float(np.quantile(error, 0.95)), "spread": spread}

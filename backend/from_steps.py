@@ -11,14 +11,18 @@ import numpy as np
 import pandas as pd
 
 from backend.errors import BackendError
-from backend.fitting import accuracy, accuracy_by_regime, load_curve, measured
+from backend.fitting import accuracy, accuracy_by_regime, load_curve
 from backend.geometry import ModelGeometry
+from backend.online import KIND, OnlineRuns, facts_of
 from backend.profile import LoadCurve, Profile, write_profile
-from backend.regression import Engine, fit_predictor
-from backend.step_logs import read_loads, read_steps
+from backend.regression import Engine
+from backend.step_logs import read_loads, read_steps, read_table
 
 VLLM_LORA_ROWS = 32
 """Rows that a block of vLLM's LoRA kernels takes by default, whole or not (`block_m` of its shrink)."""
+
+_ENOUGH_RUNS = 2
+"""Runs from which on each can be predicted from the others."""
 
 FREE_BYTES_PER_S = 1e15
 """Stands for no cost per byte where moves of one size were measured: nothing says how they depend on it."""
@@ -35,8 +39,12 @@ def profile_from_steps(
     bandwidth_gb_s: float | None,
     out: Path,
     slot_tile_us: float = 0.0,
+    online: Sequence[tuple[Path, int]] = (),
 ) -> Profile:
     """Fit a profile to `logs` (kinds in `step_logs`), check it on `held_out`, and write it into the new folder `out`.
+
+    `online`: step logs of live runs and their `max_loras`; a grid repeats one step, so what the host takes comes from them. Without
+    `held_out` each of them is predicted from the others, and that is the profile's accuracy.
 
     `engine`: JSON with at least `gpu` and `capture_sizes` (rows that CUDA graphs were captured for; empty: none); its
     `vllm`, `torch`, `date` are kept. `bandwidth_gb_s`: for timing tables of one context and one rank, which do not say what
@@ -56,15 +64,21 @@ def profile_from_steps(
     loads = read_loads([*logs, *held_out], rank, geometry.lora_bytes(rank))
     per_key = None if bandwidth_gb_s is None else geometry.kv_bytes_per_token / bandwidth_gb_s / 1e9
     rows_at_once = VLLM_LORA_ROWS if "vllm" in facts else 1
-    engine_facts = Engine(tuple(facts.pop("capture_sizes")), per_key, rows_at_once, slot_tile_us / 1e6)
-    predictor = fit_predictor(measured(fitted), engine_facts)
-    judged = checked if len(checked) else fitted
-    by_regime = accuracy_by_regime(predictor, judged)
+    known = Engine(tuple(facts.pop("capture_sizes")), per_key, rows_at_once, slot_tile_us / 1e6)
+    runs = OnlineRuns(fitted, _read_online(online, rank), known)
+    predictor = runs.predictor()
+    if len(checked) or len(runs.runs) < _ENOUGH_RUNS:
+        judged = checked if len(checked) else fitted
+        error, by_regime = accuracy(predictor, judged), accuracy_by_regime(predictor, judged)
+    else:
+        error, by_regime = runs.accuracy()
     meta = {
         "accuracy_by_regime": by_regime,
         "geometry": geometry.name,
         "rank": rank,
         "from": [p.name for p in logs],
+        "online": list(runs.runs),
+        "fit": facts_of(known),
         **facts,
     }
     profile = Profile(
@@ -73,11 +87,24 @@ def profile_from_steps(
         predictor,
         _moves(loads, "stage"),
         _moves(loads, "load"),
-        accuracy(predictor, judged),
+        error,
         meta,
     )
-    write_profile(profile, pd.concat([fitted, checked], ignore_index=True), loads, out)
+    write_profile(profile, pd.concat([fitted, checked, *runs.runs.values()], ignore_index=True), loads, out)
     return profile
+
+
+def _read_online(online: Sequence[tuple[Path, int]], rank: int) -> dict[str, pd.DataFrame]:
+    runs: dict[str, pd.DataFrame] = {}
+    for path, max_loras in online:
+        kind, table = read_table(path)
+        if kind != "steps" or "t" not in table:
+            raise BackendError(f"--online {path}: not a step log with t, total_ms, sample_ms, loads, activations")
+        name = path.name.removesuffix("_steps.csv")
+        if name in runs:
+            raise BackendError(f"--online {path}: a second run of the name {name}")
+        runs[name] = read_steps([path], rank, KIND).assign(max_loras=max_loras, run=name)
+    return runs
 
 
 def _engine_facts(path: Path) -> dict[str, Any]:

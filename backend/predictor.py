@@ -40,6 +40,9 @@ _ATTENTION = 4
 HOST_TERMS = 7
 """How many `host_terms` there are."""
 
+HOST_STEP, HOST_AFTER_PROMPTS, HOST_REQUESTS = 0, 2, 3
+"""Where in `host_terms` the step itself, whether it follows one with prompts, and its requests stand."""
+
 
 def hat(value: float, knots: Sequence[float]) -> list[float]:
     """Weights of piecewise-linear interpolation of `value` between `knots`; linear beyond the last."""
@@ -148,13 +151,16 @@ class Predictor:
 
     def predict(self, f: StepFeatures) -> tuple[float, float, bool]:
         """(device_s, host_s, whether the step lies outside the measured range)."""
+        regime, device, launch, host = self.split(f)
+        return max(device, launch) if regime.launch else device, host, not regime.contains(f)
+
+    def split(self, f: StepFeatures) -> tuple[Regime, float, float, float]:
+        """The step's regime, and the seconds of its kernels, of the launches beside them (0: not known), and of the host's rest."""
         name, size = self.regime(f)
         regime = self.regimes.get(name) or self.regimes["eager"]
-        device = dot(regime.device, regime.terms(f, size))
-        host = dot(regime.host, host_terms(f))
-        if regime.launch:
-            device = max(device, dot(regime.launch, host_terms(f)))
-        return device, host, not regime.contains(f)
+        terms = host_terms(f)
+        launch = dot(regime.launch, terms) if regime.launch else 0.0
+        return regime, dot(regime.device, regime.terms(f, size)), launch, dot(regime.host, terms)
 
     def parts(self, f: StepFeatures) -> dict[str, float]:
         """Device seconds by what causes them (`Regime.parts`)."""

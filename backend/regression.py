@@ -10,19 +10,16 @@ import numpy as np
 
 from backend.errors import BackendError
 from backend.features import StepFeatures
-from backend.predictor import BOUNDED, TERMS, FloatArray, Predictor, Regime, host_terms
+from backend.predictor import BOUNDED, TERMS, FloatArray, Predictor, Regime, hat, host_terms
 
-_LEAN = frozenset({"prefill_keys", "active_adapters"})
+_LEAN = frozenset({"prefill_keys", "active_adapters", "wide_adapters"})
 """Those that a sparse table, of one rank and one context, can tell apart."""
 
 _GRIDS = frozenset({"slot_tiles", "wide_adapters", "prompt_rows"})
-"""Those of vLLM's LoRA kernels alone, which are not fitted to single steps."""
+"""Those of vLLM's LoRA kernels alone, which are not fitted to single steps of other engines."""
 
 WAITED_S = 0.005
 """A step whose device was waited for longer than this after the launches was bound by the device."""
-
-_HOST_STEPS = 10
-"""Steps of a regime below which its host seconds are not fitted."""
 
 _ENOUGH = 3
 """Measured steps of a captured size that give it a knot of its own: base products do not cost what their neighbours' say."""
@@ -88,13 +85,18 @@ def fit_regime(
     matrix = np.array([empty.terms(f, size) for f, size in zip(steps, sizes, strict=True)])
     weight = 1.0 / (measured.device_s + measured.host_s)
     first = len(knots) + len(lora_knots)
+    each, wide = (first + TERMS.index(name) for name in ("active_adapters", "wide_adapters"))
     given = {first + i: 0.0 for i, name in enumerate(TERMS) if name in _GRIDS}
     if engine.seconds_per_key is not None:
         given = {first + i: 0.0 for i, name in enumerate(TERMS) if name not in _LEAN}
         given[first] = engine.seconds_per_key
+        # An adapter of a wide step costs no less than nothing, but less than one of a narrow step: two columns, then a difference.
+        matrix[:, each] -= matrix[:, wide]
     given[first + TERMS.index("slot_tiles")] = engine.seconds_per_slot_tile
-    device = _nonnegative(matrix, measured.device_s, weight, given)
-    return replace(empty, device=device, host=fit_host(steps, measured.host_s, weight))
+    device = list(_nonnegative(matrix, measured.device_s, weight, given))
+    if engine.seconds_per_key is not None:
+        device[wide] -= device[each]
+    return replace(empty, device=tuple(device), host=fit_host(steps, measured.host_s, weight))
 
 
 def fit_host(steps: Sequence[StepFeatures], seconds: FloatArray, weight: FloatArray) -> tuple[float, ...]:
@@ -102,8 +104,11 @@ def fit_host(steps: Sequence[StepFeatures], seconds: FloatArray, weight: FloatAr
     return _nonnegative(np.array([host_terms(f) for f in steps]), seconds, weight, {})
 
 
-def fit_predictor(measured: Measured, engine: Engine) -> Predictor:
-    """Fit every regime there are steps of; knots are the row counts of its base-only steps (`fit_regime`)."""
+def fit_predictor(measured: Measured, engine: Engine, online: Measured | None = None) -> Predictor:
+    """Fit every regime there are steps of; knots are the row counts of its base-only steps (`fit_regime`).
+
+    `online`: steps of a running engine, whose larger ones say what the device takes where it was waited for.
+    """
     placing = Predictor(engine.graph_sizes, {})
     placed = [placing.regime(f) for f in measured.steps]
     regimes: dict[str, Regime] = {}
@@ -116,7 +121,8 @@ def fit_predictor(measured: Measured, engine: Engine) -> Predictor:
         if not base_only:
             raise BackendError(f"a profile needs measured {name} steps without adapters beside those with")
         if name == "eager":
-            regimes[name] = _fit_eager(part, _largest_captured(measured, placed, engine), engine)
+            large = None if online is None else _eager(online, placing)
+            regimes[name] = _fit_eager(part, _largest_captured(measured, placed, engine), engine, large)
         else:
             knots = sorted({*base_only, *(size for size, count in Counter(sizes).items() if count >= _ENOUGH)})
             regimes[name] = fit_regime(part, sizes, knots, _thinned(base_only), engine)
@@ -136,7 +142,13 @@ def _largest_captured(measured: Measured, placed: Sequence[tuple[str, int]], eng
     )
 
 
-def _fit_eager(part: Measured, captured: Measured, engine: Engine) -> Regime:
+def _eager(measured: Measured, placing: Predictor) -> Measured:
+    """The steps launched kernel by kernel whose launches were timed."""
+    timed = measured.launch_s > 0
+    return measured.at([i for i, f in enumerate(measured.steps) if timed[i] and placing.regime(f)[0] == "eager"])
+
+
+def _fit_eager(part: Measured, captured: Measured, engine: Engine, online: Measured | None) -> Regime:
     """Steps launched kernel by kernel. Where launches were timed, a step whose device was waited for says what the device takes,
     any other what the launches take; the device's share of the smaller ones lies between `captured` and those waited for.
     """
@@ -144,27 +156,31 @@ def _fit_eager(part: Measured, captured: Measured, engine: Engine) -> Regime:
         sizes = [f.rows for f in part.steps]
         base_only = _base_only(part, sizes)
         return fit_regime(part, sizes, _thinned([min(sizes), *base_only]), _thinned(base_only), engine)
-    busy, host_s = part.launch_s + part.device_s, part.host_s - part.launch_s
-    bound = part.device_s > WAITED_S
-    slow = part.at(np.flatnonzero(bound).tolist())
-    steps = (*captured.steps, *slow.steps)
-    device_s = np.concatenate([captured.device_s, busy[bound]])
+    waited = [part.at(np.flatnonzero(part.device_s > WAITED_S).tolist())]
+    if online is not None:
+        waited.append(online.at(np.flatnonzero(online.device_s > WAITED_S).tolist()))
+    steps = (*captured.steps, *(f for slow in waited for f in slow.steps))
+    device_s = np.concatenate([captured.device_s, *(slow.launch_s + slow.device_s for slow in waited)])
     sizes = [f.rows for f in steps]
     joined = Measured(steps, device_s, np.zeros(len(steps)), np.zeros(len(steps)))
     plain = _thinned(_base_only(joined, sizes))
-    adapted = _thinned(sorted({f.rows for f in steps if f.active_adapters}))
-    if not plain or bound.all():
+    adapted = sorted({f.rows for f in steps if f.active_adapters})
+    fast = part.at(np.flatnonzero(part.device_s <= WAITED_S).tolist())
+    if not plain or not fast.steps:
         raise BackendError(
             "a profile from launches needs larger steps without adapters that the device bounds, and some that it does not"
         )
-    regime = fit_regime(joined, sizes, plain, adapted or plain, engine)
-    fast = part.at(np.flatnonzero(~bound).tolist())
-    weight = 1.0 / (busy + host_s)
+    # Online steps come at any row count: what LoRA costs then has the base's knots, those that steps with adapters lie around.
+    around = [k for i, k in enumerate(plain) if any(hat(rows, plain)[i] > 0 for rows in adapted)]
+    lora = around if online is not None and len(waited[1].steps) else _thinned(adapted)
+    regime = fit_regime(joined, sizes, plain, lora or plain, engine)
+    host_s = part.host_s - part.launch_s
+    known = (*part.steps, *(() if online is None else online.steps))
     return replace(
         regime,
-        host=fit_host(part.steps, host_s, weight),
-        launch=fit_host(fast.steps, busy[~bound], weight[~bound]),
-        high={key: float(max(getattr(f, key) for f in part.steps)) for key in BOUNDED},
+        host=fit_host(part.steps, host_s, 1.0 / (part.device_s + part.host_s)),
+        launch=fit_host(fast.steps, fast.launch_s + fast.device_s, 1.0 / (fast.device_s + fast.host_s)),
+        high={key: float(max(getattr(f, key) for f in known)) for key in BOUNDED},
     )
 
 
@@ -175,27 +191,3 @@ def _thinned(rows: Sequence[int]) -> list[int]:
         if not kept or value >= 1.3 * kept[-1] or value == rows[-1]:
             kept.append(value)
     return kept
-
-
-def with_host_of(predictor: Predictor, measured: Measured) -> Predictor:
-    """`predictor` with the host's seconds fitted to `measured` alone: another machine's CPU under the same GPU.
-
-    Regimes of which `measured` has fewer than `_HOST_STEPS` steps keep theirs.
-    """
-    placed = [predictor.regime(f)[0] for f in measured.steps]
-    regimes = dict(predictor.regimes)
-    for name, regime in predictor.regimes.items():
-        part = measured.at([i for i, placed_at in enumerate(placed) if placed_at == name])
-        if len(part.steps) < _HOST_STEPS:
-            continue
-        # Seconds of a host scatter widely: weights that are alike keep their sum, relative ones would favour the fast steps.
-        weight = np.ones(len(part.steps))
-        if not regime.launch:
-            regimes[name] = replace(regime, host=fit_host(part.steps, part.host_s, weight))
-            continue
-        fast = np.flatnonzero(part.device_s <= WAITED_S)
-        busy = (part.launch_s + part.device_s)[fast]
-        launch = fit_host(part.at(fast.tolist()).steps, busy, weight[fast]) if len(fast) else regime.launch
-        host = fit_host(part.steps, part.host_s - part.launch_s, weight)
-        regimes[name] = replace(regime, host=host, launch=launch)
-    return Predictor(predictor.graph_sizes, regimes)

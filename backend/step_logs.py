@@ -3,8 +3,8 @@
 Four kinds of CSV, told apart by their columns (times in ms):
 
 - a step log `NAME_steps.csv`: a row a step with `total_ms` (the whole step), `sample_ms` (its GPU part), `loads`, `load_ms`,
-  `activations`, `act_ms`; beside it `NAME_sched.jsonl.gz`, a line a step `[step, [[request, tokens], ...]]`, and
-  `NAME_requests.csv` with `req`, `prompt_tokens`, `adapter_id` (0: none);
+  `activations`, `act_ms`, and where known `t` (s, its start) and `exec_ms` (the launches); beside it `NAME_sched.jsonl.gz`, a line a
+  step `[step, [[request, tokens], ...]]`, and `NAME_requests.csv` with `req`, `prompt_tokens`, `adapter_id` (0: none);
 - both tables may have `max_loras`, of the engine they were measured on;
 - a decode table: `B` requests over `D` adapters, keys from `ctx_first` to `ctx_last`, `median_ms`, `sample_ms`;
 - a prefill table: `tokens` in `n_prompts` prompts over `D` adapters, `step_ms`, `sample_ms`;
@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,16 @@ def _from_log(path: Path, table: pd.DataFrame, rank: int) -> list[dict[str, Any]
     stem = path.name.removesuffix("_steps.csv")
     prompts, slots = _requests(path.with_name(f"{stem}_requests.csv"))
     plan = path.with_name(f"{stem}_sched.jsonl.gz")
-    rows = []
+    rows, ended_s = [], float("nan")
     for line, batch, after_prompts in _batches(plan, path, table, prompts, slots):
+        total, begun_s = float(line["total_ms"]), float(line.get("t", "nan"))
+        # Where no request of the step had begun, the engine may have been idle before it.
+        between_s = begun_s - ended_s if any(batch.context_lens) else float("nan")
+        ended_s = begun_s + total / 1e3
         if not line["loads"] and not line["activations"]:
-            total = float(line["total_ms"])
             row = _row(batch, rank, total, line["sample_ms"], float(line.get("exec_ms", 0.0)), (total, total))
-            rows.append({**row, "t_s": float(line.get("t", 0.0)), "after_prompts": after_prompts})
+            at = {"t_s": 0.0 if isnan(begun_s) else begun_s, "between_s": between_s}
+            rows.append({**row, **at, "after_prompts": after_prompts})
     return rows
 
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.validation --data DIR`: docs/validation.md and its figures, from measured runs of real vLLM.
 
-DIR has `vllm_h100/online/` and `real_vllm_runs/` (docs/validation.md says what they are). The shipped vLLM profile was made from the grids beside
-them, never from these runs.
+DIR has `vllm_h100/online/` and `real_vllm_runs/` (docs/validation.md says what they are). Published runs are taken from
+`benchmarks/results/published_runs.csv`, which `python -m benchmarks.published_runs` writes.
 """
 
 from __future__ import annotations
@@ -15,103 +15,15 @@ import matplotlib as mpl
 import pandas as pd
 
 from backend.errors import BackendError
-from backend.profile import load_profile
+from benchmarks.markdown import markdown
+from benchmarks.validation_traces import document, figure, validations
 from sim.errors import ScenarioError
 from sim.published import boundary, clean, read_runs, shipped, unseen
 from sim.published_grids import PREDICTED, coverage, decisions, over_seeds, smape
-from sim.validate import Run, Validation, validate
 
-PROFILE = "vllm-0.24-h100-llama-3.1-8b"
-RUNS = (("ml32_rate8", 32), ("ml32b_rate8", 32), ("ml8_rate8", 8), ("ml32_rate16", 32))
 RUNS_FILE = Path(__file__).parent / "results" / "published_runs.csv"
 LIVE_FILE = Path(__file__).parent / "results" / "live_vs_replay_h100.json"
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def markdown(table: pd.DataFrame, percent: tuple[str, ...]) -> str:
-    """A table as Markdown; columns of `percent` as percentages."""
-
-    def cell(name: str, value: object) -> str:
-        if not isinstance(value, float):
-            return str(value)
-        if pd.isna(value):
-            return "–"
-        return f"{value:.1%}".replace("%", " %") if name in percent else f"{value:.4g}"
-
-    rows = [[cell(str(name), value) for name, value in row.items()] for row in table.to_dict("records")]
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def figure(results: list[Validation], file: Path) -> None:
-    """Relative errors of every step over time, by kind, one panel a run."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    drawn, axes = plt.subplots(len(results), 1, figsize=(9, 2.2 * len(results)), sharex=True, constrained_layout=True)
-    for result, axis in zip(results, axes, strict=True):
-        if result.errors is None:
-            continue
-        prompts = ~result.errors["decode_only"]
-        for chosen, label in ((~prompts, "decodes"), (prompts, "with prompts")):
-            part = result.errors[chosen]
-            axis.plot(part["t_s"], 100 * part["error"], ".", markersize=3, label=label)
-        axis.axhline(0, color="0.5", linewidth=0.8)
-        axis.set(title=result.name, ylabel="error, %")
-    axes[0].legend(fontsize=8)
-    axes[-1].set_xlabel("s since the run began")
-    drawn.savefig(file, dpi=110)
-    plt.close(drawn)
-
-
-def document(results: list[Validation]) -> str:
-    """The whole of docs/validation.md."""
-    parts = [HEAD]
-    for result in results:
-        parts.append(f"## {result.name}\n")
-        if result.steps is not None:
-            shares = ("mape", "p95", "bias", "device_mape", "noise", "mape_host_fitted", "p95_host_fitted")
-            parts.append(markdown(result.steps, shares) + "\n")
-        parts.append(markdown(result.loop, ("blind_error", "host_fitted_error")) + "\n")
-    return "\n".join([*parts, TAIL])
-
-
-HEAD = """# Held against real vLLM
-
-Everything below is printed by `python -m benchmarks.validation --data DIR`, which writes this file; for runs of your own:
-
-```
-multilora validate --trace NAME_requests.csv --steps NAME_steps.csv --max-loras 8
-```
-
-Measured: four online runs of vLLM 0.24.0 on an H100 (Llama-3.1-8B shape, 32 adapters of rank 16, Poisson arrivals, 40 s; three
-machines). The shipped profile `vllm-0.24-h100-llama-3.1-8b` was made from one decode grid, one prefill grid and adapter loads at
-`max_loras` 32: no step of these runs made it.
-
-For each run, two tables. Steps: relative error of every step in which no adapter moved, by composition (`bias`: its mean;
-`device_mape`: error of the GPU's part alone, over the step; `noise`: error that is left if a step is predicted by the median of its
-neighbours in time of the same kind, which is the machine's own scatter; `_host_fitted`: with the host's seconds fitted to
-the first 10 s of the run, on the steps after them). Closed loop: the same requests simulated, `blind` with nothing fitted,
-`host_fitted` with the host's seconds of the first 10 s.
-
-![Relative error of every step](images/validation_steps.png)
-"""
-
-TAIL = """## What is known of the errors
-
-- The GPU's part is right to a few per cent. What was missing was that vLLM's LoRA kernels take 32 rows together, whole or not.
-- Steps with prompts of more than 256 rows are bound by the host, which launches them kernel by kernel while the GPU waits: a step is
-  the longer of launches and GPU. Launches of like steps differ widely within one run, in waves of seconds (`noise` above, the
-  figure): no function of the composition can know that, and the first 10 s of a run do not tell its later waves.
-- A decode that follows a step with prompts takes longer (the batch is set up anew); only step logs show it, so it is in the
-  host-fitted columns alone.
-- Which adapters vLLM reloads hangs on the order in which it walks a step's set of adapters (`engine.lora_order = "set"`): in the
-  order of the requests the run with 8 slots would load far fewer (`tests/test_validate.py`).
-- P99 TTFT is too short, because the scatter of the launches is not simulated, only their mean.
-- `max_loras` 8 is predicted from a profile of 32: the grids of the LoRA kernels span all slots, and what a slot costs was measured
-  on the kernels alone (`python -m benchmarks.slot_tiles`), never on these runs. Its machine has a slower host, which is the rest.
-- Step costs of 3 % MAPE over all steps are not reached, and P99 TTFT within 15 % is not reached on every run.
-"""
 
 
 STRANGERS = """## Servers of strangers
@@ -136,7 +48,10 @@ RESIDUALS = """![Predicted over measured, every run](images/validation_runs.png)
 """
 
 INTERVALS = """How often the measured value lies in the 95 % interval of its seeds, and how wide that is (`half_width`: median, of the value).
-Seeds draw lengths and early ends anew; arrivals are the clients' own. What no seed draws, such as errors of the costs, is outside.
+Seeds draw lengths and early ends anew; arrivals are the clients' own. `_with_costs`: and all steps of a run may take longer or less long
+by what the fit does not know of them ({spread} of a logarithm, standard deviation: each training run's mean ITL beside what the other
+training runs and the micro-measurements say of it), carried to each metric by simulating the run once more, so much slower. What the
+front end costs, and that models end early, is not carried.
 """
 
 DECISIONS = """Decisions read from the grids: for each load the best `max_loras` (throughput, and of those within 2 % of it the lowest
@@ -182,12 +97,16 @@ def strangers(data: Path, results: Path) -> str:
         others = len(unseen(rows, known))
         counts = {"made": len(rows) - others, "clean": len(rows), "others": others}
         counts |= {"runs": table["run_id"].nunique(), "seeds": table["seed"].nunique()}
-        shares = ("smape", "median", "p90", "bias", "inside", "half_width", "exact", "within_one")
+        shares = (
+            "smape", "median", "p90", "bias", "exact", "within_one",
+            "inside", "half_width", "inside_with_costs", "half_width_with_costs",
+        )  # fmt: skip
         parts += [PREDICTED_RUNS.format(**counts), markdown(smape(table), shares) + "\n"]
         for model, own in table.groupby("model"):
             parts += [f"{model}:\n", markdown(smape(own), shares) + "\n"]
         parts += [RESIDUALS, DECISIONS, markdown(decisions(table), shares) + "\n"]
-        parts.append(INTERVALS)
+        spread = " and ".join(f"{one.spread:.3f}" for one in known.values())
+        parts.append(INTERVALS.format(spread=spread))
         intervals = coverage(table)
         parts.append(
             (markdown(intervals, shares) if len(intervals) else "Not measured: the table has one seed.") + "\n"
@@ -233,9 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.data / "vllm_h100" / "online"
     try:
-        profile = load_profile(PROFILE)
-        runs = [Run(folder / f"{name}_requests.csv", folder / f"{name}_steps.csv", slots) for name, slots in RUNS]
-        results = [validate(run, profile, rank=16) for run in runs]
+        results = validations(folder)
         text = "\n".join([document(results), strangers(args.data, RUNS_FILE), live_against_replay(LIVE_FILE), NOT_YET])
     except (BackendError, ScenarioError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -64,6 +64,10 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     logs.add_argument(
         "--hold-out", type=Path, nargs="+", default=[], metavar="FILE", help="logs that only check the fit"
     )
+    logs.add_argument(
+        "--online", type=Path, nargs="+", default=[], metavar="FILE", help="step logs of live runs, for the host's part"
+    )
+    logs.add_argument("--online-max-loras", type=int, nargs="+", default=[], help="of each of these runs, or of all")
     logs.add_argument("--engine", type=Path, metavar="JSON", help="what ran: gpu, capture_sizes")
     logs.add_argument("--rank", type=int, help="rank of the adapters in the logs")
     logs.add_argument("--gpu-memory-gib", type=float, help="memory of the GPU that the logs come from")
@@ -159,11 +163,20 @@ def _measured(args: argparse.Namespace) -> Profile:
             bandwidth_gb_s=args.bandwidth_gb_s,
             out=args.out,
             slot_tile_us=args.slot_tile_us,
+            online=_online(args.online, args.online_max_loras),
             **needed,
         )
     from backend.measure import measure_profile
 
     return measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
+
+
+def _online(logs: list[Path], max_loras: list[int]) -> list[tuple[Path, int]]:
+    if not logs and not max_loras:
+        return []
+    if len(max_loras) not in (1, len(logs)) or min(max_loras) < 1 or not logs:
+        raise BackendError("--online needs --online-max-loras, >= 1: one for each of its logs, or one for all")
+    return list(zip(logs, max_loras * (len(logs) if len(max_loras) == 1 else 1), strict=True))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 
 from backend.geometry import load_geometry
+from backend.host_draw import HostDraw
 from backend.profile import Profile
 from backend.replay import ReplayBackend
+from backend.scattered import ScatteredReplay
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -26,6 +28,10 @@ from workloads.adapters import TARGET_MODULES, Adapter, Catalogue
 from workloads.requests import RequestTable
 
 _COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "adapter_id", "ttft_ms", "tpot_ms", "e2e_ms", "finish_s")
+
+
+_TAIL = 0.025
+"""Share of the simulated runs that lies below an interval, and above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class Trace:
 def read_trace(requests: Path, steps: Path | None) -> Trace:
     """Read and check a run's tables. Raises `ScenarioError` naming file and column."""
     table = _read(requests, _COLUMNS).sort_values("arrival_s").reset_index(drop=True)
-    log = None if steps is None else _read(steps, ("total_ms", "waiting", "distinct_adapters", "activations"))
+    log = None if steps is None else _read(steps, ("t", "total_ms", "waiting", "distinct_adapters", "activations"))
     return Trace(requests.name.removesuffix(".csv").removesuffix("_requests"), table, log)
 
 
@@ -65,7 +71,9 @@ def _read(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def replayed(trace: Trace, profile: Profile, config: EngineConfig, num_gpu_blocks: int, rank: int) -> RunTables:
+def replayed(
+    trace: Trace, profile: Profile, config: EngineConfig, num_gpu_blocks: int, rank: int, host: HostDraw | None = None
+) -> RunTables:
     """Simulate the trace's requests; all its adapters were registered, in the order of their ids, before it began."""
     ids = sorted(set(trace.requests["adapter_id"].astype(int)) - {0})
     number = {0: 0, **{adapter: i for i, adapter in enumerate(ids, 1)}}
@@ -77,16 +85,23 @@ def replayed(trace: Trace, profile: Profile, config: EngineConfig, num_gpu_block
         np.array([number[a] for a in trace.requests["adapter_id"].astype(int)], dtype=np.int64),
     )
     geometry = load_geometry(str(profile.meta["geometry"]))
-    backend = ReplayBackend(profile, geometry, limits_of(config), num_gpu_blocks)
+    fixed = (profile, geometry, limits_of(config), num_gpu_blocks)
+    backend = ReplayBackend(*fixed) if host is None else ScatteredReplay(*fixed, host)
     return simulate(requests, catalogue, config, backend, registered=tuple(number[a] for a in ids))
 
 
-def compared(trace: Trace, tables: RunTables) -> pd.DataFrame:
-    """What was measured beside what was simulated: `metric`, `measured`, `simulated`, `error` (relative)."""
-    measured, simulated = _measured(trace), _simulated(tables)
-    rows = [(key, value, simulated[key]) for key, value in measured.items() if key in simulated]
-    table = pd.DataFrame(rows, columns=["metric", "measured", "simulated"])
-    return table.assign(error=table["simulated"] / table["measured"].where(table["measured"] != 0) - 1.0)
+def compared(trace: Trace, runs: Sequence[RunTables]) -> pd.DataFrame:
+    """What was measured beside what was simulated, the median of `runs`: `metric`, `measured`, `simulated`, `error` (relative), and
+    `low`, `high`, between which 95 % of the runs lie (of several).
+    """
+    measured, simulated = _measured(trace), [_simulated(tables) for tables in runs]
+    rows = []
+    for key, value in measured.items():
+        if key in simulated[0]:
+            low, median, high = np.quantile([one[key] for one in simulated], (_TAIL, 0.5, 1.0 - _TAIL))
+            rows.append((key, value, median, median / value - 1.0 if value else np.nan, low, high))
+    table = pd.DataFrame(rows, columns=["metric", "measured", "simulated", "error", "low", "high"])
+    return table if len(runs) > 1 else table.drop(columns=["low", "high"])
 
 
 def _measured(trace: Trace) -> dict[str, float]:

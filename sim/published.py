@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def boundary(runs: pd.DataFrame) -> pd.DataFrame:
 class Known:
     """What is known of a model's servers: costs of a step's parts (`from_runs.COSTS`), of the front end, and of other things.
 
-    `ends_per_token`: see `published_load.load_of`; `load_s`: from host memory to a slot; `runs`: ids of those that made it.
+    `ends_per_token`: see `published_load.load_of`; `load_s`: from host memory to a slot; `runs`: ids of those that made it; `spread`: how
+    far the steps of one run lie from what the others say of it, as the standard deviation of a logarithm.
     """
 
     costs: Mapping[str, float]
@@ -111,16 +113,23 @@ class Known:
     ends_per_token: float
     load_s: float
     runs: tuple[str, ...]
+    spread: float = 0.0
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Known:
         """Read what `to_json` wrote."""
         front = FrontEnd(**data["front_end"])
-        return cls(data["costs"], front, data["ends_per_token"], data["load_s"], tuple(data["runs"]))
+        return cls(
+            data["costs"], front, data["ends_per_token"], data["load_s"], tuple(data["runs"]), data.get("spread", 0.0)
+        )
 
     def to_json(self) -> dict[str, object]:
         """Plain data for `published_costs.json`."""
         return asdict(self)
+
+    def slower(self) -> Known:
+        """Servers whose steps all take longer by `spread`."""
+        return replace(self, costs={name: cost * exp(self.spread) for name, cost in self.costs.items()})
 
 
 def profile_of(known: Known, run: Mapping[Any, Any]) -> Profile:
@@ -223,27 +232,37 @@ def shipped() -> dict[str, Known]:
 
 
 def predict(
-    run: Mapping[Any, Any], known: Known, lengths: pd.DataFrame, window_s: float, seed: int
+    run: Mapping[Any, Any], known: Known, lengths: pd.DataFrame, window_s: float, seed: int, *, slower: bool = False
 ) -> dict[str, object]:
-    """What the row's clients saw, as `measured_*` and `predicted_*`."""
+    """What the row's clients saw, as `measured_*` and `predicted_*`; `slower`: and as `slower_*`, from steps longer by what is not known."""
     seen = seen_by_clients(made_again(run, known, lengths, window_s, seed), known.front_end)
     kept = ("run_id", "model", "max_loras", "n_adapters", "max_lora_rank", "workload_group", "offered_rps")
     row: dict[str, object] = {key: run[key] for key in kept if key in run}
     for name in PREDICTED:
         row |= {f"measured_{name}": run[name], f"predicted_{name}": seen[name]}
+    if slower:
+        again = made_again(run, known.slower(), lengths, window_s, seed)
+        row |= {f"slower_{name}": value for name, value in seen_by_clients(again, known.front_end).items()}
     return {**row, "seed": seed, "window_s": window_s}
 
 
 def predictions(
     runs: pd.DataFrame, lengths: pd.DataFrame, *, every: int, seeds: int, window_s: float | None, jobs: int = -1
 ) -> pd.DataFrame:
-    """`predict` of every `every`-th clean row that did not make what is shipped, on all cores."""
+    """`predict` of every `every`-th clean row that did not make what is shipped, on all cores; of several seeds, the first is `slower`, too."""
     known = shipped()
     chosen = unseen(clean(runs), known).iloc[::every].to_dict("records")
     if not chosen:
         raise ScenarioError("--runs: no clean row of vLLM 0.8.5 that did not make the costs")
     rows = Parallel(n_jobs=jobs)(
-        delayed(predict)(run, known[str(run["model"])], lengths, window_s or float(str(run["window_s"])), seed)
+        delayed(predict)(
+            run,
+            known[str(run["model"])],
+            lengths,
+            window_s or float(str(run["window_s"])),
+            seed,
+            slower=seeds > 1 and seed == 0,
+        )  # fmt: skip
         for run in chosen
         for seed in range(seeds)
     )

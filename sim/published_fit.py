@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from joblib import Parallel, delayed
 
@@ -74,7 +75,7 @@ def known_of(
         moved = {name: (1 - STEP) * known.costs[name] + STEP * value for name, value in found.items()}
         known = replace(known, costs={**known.costs, **moved}, front_end=_reading(runs, seen, known.front_end))
     seen = Parallel(n_jobs=jobs)(delayed(summary)(run, known, lengths, 2) for run in runs)
-    return replace(known, front_end=_passing(runs, seen, known.front_end))
+    return replace(known, front_end=_passing(runs, seen, known.front_end), spread=_spread(runs, seen, batches, known))
 
 
 def summary(run: Mapping[Any, Any], known: Known, lengths: pd.DataFrame, passes: int) -> Summary:
@@ -124,25 +125,52 @@ def _batch(again: Again) -> float:
     return float(np.median((steps["decode_requests"] + steps["prefill_requests"]).to_numpy()[step]))
 
 
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """Mean ITL of the runs as a sum over costs: `has` times costs, plus `other_s`, is `took_s`."""
+
+    has: FloatArray
+    other_s: FloatArray
+    took_s: FloatArray
+
+    @classmethod
+    def of(cls, runs: Sequence[Mapping[Any, Any]], seen: Sequence[Summary], known: Known) -> _Linear:
+        took = np.array([run["itl_mean_ms"] / 1e3 * one.single for run, one in zip(runs, seen, strict=True)])
+        other = np.array([one.other_s for one in seen])
+        # What a sum over the table leaves out, such as keys that were guessed from blocks, is the same factor next round.
+        priced = np.array([float(one.has @ [known.costs[name] for name in FREE]) + one.other_s for one in seen])
+        factor = np.array([one.itl_s for one in seen]) / priced
+        return cls(np.stack([one.has for one in seen]) * factor[:, None], other * factor, took)
+
+    def costs(self, batches: Sequence[Any], kept: npt.NDArray[np.bool_]) -> FloatArray:
+        """Costs of the least relative error over the runs `kept` and the closed batches, in the order of `FREE`."""
+        from scipy.optimize import nnls
+
+        alone = np.stack([multipliers(steps, slots, rank)[0] for steps, slots, rank, _ in batches])
+        took = np.array([seconds for *_, seconds in batches])
+        weight = np.concatenate([1 / self.took_s[kept], np.sqrt(BATCHES_WEIGHT / len(batches)) / took])
+        matrix = np.concatenate([self.has[kept], alone]) * weight[:, None]
+        rest = np.maximum(self.took_s[kept] - self.other_s[kept], 0.0)
+        scale = np.maximum(matrix.max(axis=0), 1e-30)
+        found, _ = nnls(matrix / scale, np.concatenate([rest, took]) * weight, maxiter=1000)
+        return np.asarray(found / scale)
+
+
 def _costs(
     runs: Sequence[Mapping[Any, Any]], seen: Sequence[Summary], batches: Sequence[Any], known: Known
 ) -> dict[str, float]:
-    from scipy.optimize import nnls
+    found = _Linear.of(runs, seen, known).costs(batches, np.ones(len(runs), dtype=bool))
+    return dict(zip(FREE, found.tolist(), strict=True))
 
-    measured = np.array([run["itl_mean_ms"] / 1e3 * one.single for run, one in zip(runs, seen, strict=True)])
-    other = np.array([one.other_s for one in seen])
-    # What a sum over the table leaves out, such as keys that were guessed from blocks, is the same factor next round.
-    priced = np.array([float(one.has @ [known.costs[name] for name in FREE]) + one.other_s for one in seen])
-    factor = np.array([one.itl_s for one in seen]) / priced
-    rows = np.stack([one.has for one in seen]) * factor[:, None]
-    alone = np.stack([multipliers(steps, slots, rank)[0] for steps, slots, rank, _ in batches])
-    took = np.array([seconds for *_, seconds in batches])
-    weight = np.concatenate([1 / measured, np.sqrt(BATCHES_WEIGHT / len(batches)) / took])
-    matrix = np.concatenate([rows, alone]) * weight[:, None]
-    target = np.concatenate([np.maximum(measured - other * factor, 0.0), took]) * weight
-    scale = np.maximum(matrix.max(axis=0), 1e-30)
-    found, _ = nnls(matrix / scale, target, maxiter=1000)
-    return dict(zip(FREE, (found / scale).tolist(), strict=True))
+
+def _spread(runs: Sequence[Mapping[Any, Any]], seen: Sequence[Summary], batches: Sequence[Any], known: Known) -> float:
+    """How far each run's mean ITL lies from what the other runs and the closed batches say of it."""
+    linear = _Linear.of(runs, seen, known)
+    apart = []
+    for i in range(len(runs)):
+        costs = linear.costs(batches, np.arange(len(runs)) != i)
+        apart.append(np.log((linear.has[i] @ costs + linear.other_s[i]) / linear.took_s[i]))
+    return float(np.sqrt(np.mean(np.square(apart))))
 
 
 def _reading(runs: Sequence[Mapping[Any, Any]], seen: Sequence[Summary], front: FrontEnd) -> FrontEnd:

@@ -21,7 +21,7 @@ _GRID = ("model", "workload_group")
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """A row a run: means over its seeds."""
-    keys = [name for name in table.columns if not name.startswith("predicted_") and name != "seed"]
+    keys = [name for name in table.columns if not name.startswith(("predicted_", "slower_")) and name != "seed"]
     return (
         table.groupby(keys, sort=False, dropna=False)[[f"predicted_{name}" for name in PREDICTED]].mean().reset_index()
     )
@@ -50,9 +50,11 @@ def smape(table: pd.DataFrame) -> pd.DataFrame:
 def coverage(table: pd.DataFrame) -> pd.DataFrame:
     """How often a measured value lies in the 95 % interval that the seeds of its run give, and how wide that is (median, of the value).
 
-    Student's t of so few seeds, in the logarithm; seeds draw lengths and ends anew, nothing else of a real run.
+    Student's t of so few seeds, in the logarithm; seeds draw lengths and ends anew, nothing else of a real run. `_with_costs`: and steps
+    may take longer or less long by what the fit does not know (`Known.spread`), as far as `slower_` shows what that does (the delta
+    method: errors of both kinds are independent, and small ones act alike in both directions).
     """
-    from scipy.stats import t
+    from scipy.stats import norm, t
 
     seeds = int(table.groupby("run_id")["seed"].nunique().min())
     rows = []
@@ -62,8 +64,14 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
         logs = np.log(table.assign(value=table[f"predicted_{name}"]).groupby("run_id")["value"].apply(list).tolist())
         half = t.ppf(0.975, seeds - 1) * logs.std(axis=1, ddof=1) * np.sqrt(1 + 1 / seeds)
         measured = np.log(table.groupby("run_id")[f"measured_{name}"].first().to_numpy())
-        inside = np.abs(measured - logs.mean(axis=1)) <= half
-        rows.append({"metric": name, "runs": len(logs), "seeds": seeds, "inside": inside.mean(), "half_width": float(np.median(np.expm1(half)))})  # fmt: skip
+        apart = np.abs(measured - logs.mean(axis=1))
+        row = {"metric": name, "runs": len(logs), "seeds": seeds, "inside": (apart <= half).mean(), "half_width": float(np.median(np.expm1(half)))}  # fmt: skip
+        if f"slower_{name}" in table:
+            first = table[table[f"slower_{name}"].notna()].groupby("run_id").first()
+            shift = np.log(first[f"slower_{name}"].to_numpy() / first[f"predicted_{name}"].to_numpy())
+            whole = np.hypot(half, norm.ppf(0.975) * shift)
+            row |= {"inside_with_costs": (apart <= whole).mean(), "half_width_with_costs": float(np.median(np.expm1(whole)))}  # fmt: skip
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

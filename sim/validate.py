@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 
 from backend.fitting import measured, with_features
-from backend.geometry import load_geometry
-from backend.memory import memory_plan
+from backend.online import OnlineRuns
 from backend.profile import Profile
-from backend.regression import with_host_of
 from backend.step_logs import read_steps
-from sim.closed_loop import Trace, compared, read_trace, replayed
+from sim.closed_loop import read_trace
 from sim.config import EngineConfig
 from sim.errors import ScenarioError
-from sim.run import limits_of
+from sim.host_outlook import Loop
+
+SEEDS = 16
+"""Simulations of a run, each with another host."""
 
 _ROWS = (8, 16, 32, 64, 128)
 _BUSY_STEPS = 9
@@ -39,14 +40,6 @@ def engine_of(run: Run, settings: Mapping[str, object]) -> EngineConfig:
     defaults: dict[str, object] = {"enable_prefix_caching": False, "lora_order": "set"}
     slots = {"max_loras": run.max_loras, "max_cpu_loras": 1 << 20}
     return EngineConfig(**{**defaults, **settings, **slots})  # type: ignore[arg-type]
-
-
-def fitted_host(profile: Profile, steps: pd.DataFrame, seconds: float) -> Profile:
-    """The profile with its host seconds fitted to the first `seconds` of a step log; the device's stay."""
-    first = steps[steps["t_s"] < seconds]
-    if first.empty:
-        raise ScenarioError(f"no step of the log began in its first {seconds:g} s")
-    return replace(profile, predictor=with_host_of(profile.predictor, measured(first)))
 
 
 def step_errors(profile: Profile, steps: pd.DataFrame) -> pd.DataFrame:
@@ -73,10 +66,11 @@ def _decodes(size: int) -> str:
 
 
 def by_composition(errors: pd.DataFrame) -> pd.DataFrame:
-    """MAPE, p95 and bias by composition and over all; `device_mape`: of the device's part; `noise`: beside like neighbours.
+    """MAPE, p95 and bias by composition and over all; `device_mape`: of the device's part; `best`, `noise`: what would be left.
 
-    `noise` is what is left if each step were predicted by the median of its nearest steps of that composition in time: a
-    machine's own scatter, which no function of the composition can know.
+    `best`: with each composition's predictions times the factor that leaves the least MAPE, found with sight of these very steps: about
+    what a function of the composition can reach. `noise`: were each step predicted by the median of its nearest steps of that
+    composition in time, before and after: a machine's own scatter.
     """
     parts = [(name, part) for name, part in errors.groupby("composition", sort=True)]
     rows = []
@@ -90,10 +84,22 @@ def by_composition(errors: pd.DataFrame) -> pd.DataFrame:
                 "p95": error.quantile(0.95),
                 "bias": part["error"].mean(),
                 "device_mape": part["device_error"].abs().mean(),
+                "best": _best(part),
                 "noise": _noise(part),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _best(part: pd.DataFrame) -> float:
+    left = []
+    for _, group in part.groupby("composition"):
+        ordered = np.sort(1.0 + group["error"])[
+            ::-1
+        ]  # the best factor is the median of the inverse ratios, weighed by the ratios
+        middle = int(np.searchsorted(np.cumsum(ordered), ordered.sum() / 2))
+        left.append(np.abs(ordered / ordered[middle] - 1.0))
+    return float(np.concatenate(left).mean())
 
 
 def _noise(part: pd.DataFrame) -> float:
@@ -106,12 +112,15 @@ def _noise(part: pd.DataFrame) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What validating one run gave: `steps` (None without a log) and `loop`, as it is and with the host fitted."""
+    """What validating one run gave: `steps` (None without a log) and `loop`, as it is and with the host fitted; `left_out`: the run that
+    the profile was made from and that this is, which it was made anew without.
+    """
 
     name: str
     steps: pd.DataFrame | None
     loop: pd.DataFrame
     errors: pd.DataFrame | None
+    left_out: str | None = None
 
 
 def validate(
@@ -119,38 +128,43 @@ def validate(
     profile: Profile,
     *,
     rank: int,
+    runs: OnlineRuns | None = None,
     fit_host_s: float | None = 10.0,
+    seeds: int = SEEDS,
     engine: Mapping[str, object] | None = None,
 ) -> Validation:
-    """Hold `profile` against one measured run.
+    """Hold `profile`, made from `runs`, against one measured run that did not make it: one that did is left out of it first.
 
     `loop` has a row a metric: `measured`, `blind` (nothing fitted) and, with a step log, `host_fitted` (host seconds fitted to
-    the first `fit_host_s` of it), each with its relative error. Raises `ScenarioError` or `BackendError`.
+    the first `fit_host_s` of it), each with its relative error; where `runs` tell how hosts go, these are medians over `seeds`, with
+    `_low` and `_high`. `host_known`, no prediction: with the host as fast as the log says at every time, so that its error is that of all
+    the rest. Raises `ScenarioError` or `BackendError`.
     """
     config = engine_of(run, engine or {})
     trace = read_trace(run.requests, run.steps)
-    blocks = memory_plan(
-        load_geometry(str(profile.meta["geometry"])), limits_of(config), profile.gpu_bytes
-    ).num_gpu_blocks
-    loop = _loop(trace, profile, config, blocks, rank, "blind")
-    if run.steps is None:
-        return Validation(trace.name, None, loop, None)
-    log = read_steps([run.steps], rank, "held_out").assign(max_loras=run.max_loras)
+    log = None if run.steps is None else read_steps([run.steps], rank, "held_out").assign(max_loras=run.max_loras)
+    own = None if runs is None or log is None else runs.run_of(log)
+    if runs is not None and own is not None:
+        runs = runs.without(own)
+        profile = replace(profile, predictor=runs.predictor())
+    loop = Loop.of(trace, profile, config, rank, runs, seeds)
+    table = loop.table("blind", None, 0.0)
+    if log is None:
+        return Validation(trace.name, None, table, None)
     errors = step_errors(profile, log)
-    table = by_composition(errors)
+    steps = by_composition(errors)
     if fit_host_s is not None:
-        own = fitted_host(profile, log, fit_host_s)
-        loop = loop.merge(_loop(trace, own, config, blocks, rank, "host_fitted").drop(columns="measured"), on="metric")
-        fitted = by_composition(step_errors(own, log[log["t_s"] >= fit_host_s]))
-        table = table.merge(
-            fitted[["composition", "mape", "p95"]], on="composition", how="left", suffixes=("", "_host_fitted")
+        first = log[log["t_s"] < fit_host_s]
+        if first.empty:
+            raise ScenarioError(f"no step of the log began in its first {fit_host_s:g} s")
+        for name, part, seconds in (("host_fitted", first, fit_host_s), ("host_known", log, float("inf"))):
+            table = table.merge(loop.table(name, part, seconds).drop(columns="measured"), on="metric", how="left")
+        fitted = replace(profile, predictor=loop.fitted(first, fit_host_s))
+        after = by_composition(step_errors(fitted, log[log["t_s"] >= fit_host_s]))
+        steps = steps.merge(
+            after[["composition", "mape", "p95"]], on="composition", how="left", suffixes=("", "_host_fitted")
         )
-    return Validation(trace.name, table, loop, errors)
-
-
-def _loop(trace: Trace, profile: Profile, config: EngineConfig, blocks: int, rank: int, name: str) -> pd.DataFrame:
-    table = compared(trace, replayed(trace, profile, config, blocks, rank))
-    return table.rename(columns={"simulated": name, "error": f"{name}_error"})
+    return Validation(trace.name, steps, table, errors, own)
 
 
 def pair(traces: Sequence[Path], steps: Sequence[Path], max_loras: Sequence[int]) -> list[Run]:
