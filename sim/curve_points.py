@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from backend.profile import measured_parts, shipped_profiles
@@ -94,8 +93,10 @@ def _row(
 def describe(points: pd.DataFrame) -> str:
     """Of what the points are, for a caption."""
     first = points.iloc[0]
-    spread = ((points["p90_ms"] - points["p10_ms"]) / points["step_ms"]).median() if "p90_ms" in points else np.nan
     said = f"{first['geometry']}, {first['gpu']}, torch {first['torch']}, {first['date']}"
+    if "p90_ms" not in points:
+        return said
+    spread = ((points["p90_ms"] - points["p10_ms"]) / points["step_ms"]).median()
     return f"{said}; p10 to p90 of a step span {spread:.1%} (median)"
 
 
