@@ -133,26 +133,24 @@ INSIDE = """How often what was measured lies in the interval (throughput, and me
 
 FOUND = """## What is known of the errors
 
-- **The host's speed goes in waves.** One thread launches every kernel, on a virtual machine. Launches of a step with prompts take 50 to
-  60 ms for seconds, then 85 to 110 ms, then as before, whatever is in the step; what decodes take of the host rises and falls with them.
+- **The host's speed goes in waves.** One thread launches every kernel, on a virtual machine. Launches of steps with prompts are fast for
+  some seconds, then slow, then as before, whatever is in the step; what decodes take of the host rises and falls with them.
   Nothing grows over a run (the table below). Their cause (neighbours on the machine's cores?) was not measured.
-- Step costs of 3 % MAPE, p95 10 %, over all steps are not reached, blind or fitted. A function of the composition cannot: with the best
-  factor for each composition, found with sight of the run itself (`best`), 4.2 to 7.6 % are left; `noise` is what is left if each step
+- Step costs of 3 % MAPE, p95 10 %, over all steps are not reached, blind or fitted. A function of the composition cannot: see what the best
+  factor for each composition, found with sight of the run itself, leaves (`best`); `noise` is what is left if each step
   is predicted by its nearest steps of the same kind in time.
 - With the speed given (`host_known`) every aim of the closed loop is met. Without it, the errors left are what waves did after the
-  first 10 s: levels of 10 s of one run lie further apart than those of these whole runs, but six runs that are reported of such machines
-  took 62 to 90 ms a launch, so the first 10 s are believed by about half.
-- The prefill grid seems to have been measured in such a wave: it says 81 ms a launch, live runs 69 to 75 ms on average, while decodes of a grid, one
-  batch repeated, take a fifth less of the host than live ones. So the host comes from live runs, as a factor on the grid's shape: seven
-  coefficients fitted to 10 s took waves for compositions.
-- A decode that follows a step with prompts takes about 1 ms longer (the batch is set up anew). Between two steps pass 0.1 ms, and 0.5 ms
-  before prompts, that no step's log counts: 1 % of a run.
-- From 128 rows on an adapter costs less, as vLLM's kernels split their sums less often there; with both costs fitted to the grid the
-  GPU's part of a decode is right to 0.5 to 1.4 % of the step (was 1.0 to 2.6 %).
-- Steps of 800 to 3 000 rows that the GPU bounds were 13 % too short, being interpolated between 256 and 8192 rows of the grid; where live
-  runs waited for the GPU they say what it takes (2 % from the other runs).
-- Scatter makes P99s: with mean launches alone P99 TTFT came out up to 30 % short. One machine (`ml32b`) has single launches of 100 to 170 ms
-  that the others lack: its P99 TTFT stays short.
+  first 10 s: levels of 10 s of one run lie further apart than those of these whole runs, but runs that are reported of such machines
+  lie further apart still (`backend.host_speed.RUN_LAUNCH_MS`), so the first 10 s are believed by about half.
+- The prefill grid seems to have been measured in a slow wave: its launches take longer than live ones do on average, while decodes of a
+  grid, one batch repeated, take less of the host than live ones. So the host comes from live runs, as a factor on the grid's shape: a
+  coefficient for each term, fitted to 10 s, took waves for compositions.
+- A decode that follows a step with prompts takes longer (the batch is set up anew), and between two steps pass moments that no step's
+  log counts.
+- From 128 rows on an adapter costs less, as vLLM's kernels split their sums less often there; both costs are fitted to the grid.
+- Of steps that the GPU bounds a grid of 256 and 8192 rows says little between; where live runs waited for the GPU they say what it takes.
+- Scatter makes P99s: mean launches alone leave P99 TTFT short. One machine (`ml32b`) has single long launches that the others lack: its
+  P99 TTFT stays short.
 - Which adapters vLLM reloads hangs on the order in which it walks a step's set of adapters (`engine.lora_order = "set"`): in the
   order of the requests the run with 8 slots would load far fewer (`tests/test_validate.py`). Its requests queue for slots: which wait
   is decided anew by every step's time, so TTFT differs by tens of per cent between seeds.
