@@ -25,7 +25,7 @@ BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "ra
 TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
     "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank", "idle_slots",
-    "slot_tiles", "wide_adapters", "prompt_rows",
+    "slot_tiles", "wide_adapters", "prompt_rows", "beside_ranks", "tile_ranks", "rank_rows", "both_kinds",
 )  # fmt: skip
 """The terms after the two hats, in the order of `Regime.terms`; attention's come first."""
 
@@ -34,6 +34,12 @@ GRID_ROWS = 64
 
 WIDE_ROWS = 128
 """From so many rows on vLLM's LoRA shrink splits its sums 8 times instead of 64 (`get_lora_op_configs`): adapters cost less."""
+
+BESIDE_ROWS = (64, 128)
+"""Steps of more rows than the first, up to the second, have adapters added by few warps beside the base product (`sgmv/base_linear.py`)."""
+
+LONG_ROWS = (512, 1024)
+"""Captured steps between these have the long segments' kernels for adapters of few rows, too (`sgmv/tilings.py`)."""
 
 _ATTENTION = 4
 
@@ -112,6 +118,10 @@ class Regime:
             (f.idle_slots + f.active_adapters) * -(-size // GRID_ROWS),
             f.active_adapters if size >= WIDE_ROWS else 0,
             f.rows - f.decodes if f.active_adapters else 0,
+            f.rank_sum if BESIDE_ROWS[0] < size <= BESIDE_ROWS[1] else 0,
+            f.rank_sum if LONG_ROWS[0] < size <= LONG_ROWS[1] else 0,
+            f.max_rank * f.rows,
+            1 if f.decodes and not f.decode_only else 0,
         ]
 
     def parts(self, f: StepFeatures, size: int) -> dict[str, float]:
@@ -124,8 +134,8 @@ class Regime:
         )
         return {
             "base": sum(base) + rest[_ATTENTION],
-            "attention": sum(rest[:_ATTENTION]),
-            "lora": sum(lora) + sum(rest[_ATTENTION + 1 :]),
+            "attention": sum(rest[:_ATTENTION]) + rest[-1],
+            "lora": sum(lora) + sum(rest[_ATTENTION + 1 : -1]),
         }
 
     def contains(self, f: StepFeatures) -> bool:

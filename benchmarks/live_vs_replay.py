@@ -1,6 +1,7 @@
 """`python -m benchmarks.live_vs_replay`: a scenario executed step by step on the GPU, and replayed from a profile.
 
-Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`).
+Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`). `--again FILE` executes nothing: it replays
+beside the live figures of such a file, for a profile that was fitted again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from backend.measure import describe_device
@@ -41,49 +43,63 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--backend", default="cuda", choices=("cuda", "cpu"))
     flags.add_argument("--duration-s", type=float, default=60.0, help="seconds of arrivals")
     flags.add_argument("--out", type=Path, help="write the comparison there")
+    flags.add_argument("--again", type=Path, help="an earlier comparison, whose live figures are taken")
     flags.add_argument("--keep", type=Path, help="keep the run directories in this folder")
     return flags
 
 
-def show(name: str, live: RunResult, replay: RunResult) -> dict[str, dict[str, object]]:
-    """Print the two runs beside each other; returns them with their relative difference."""
+def show(name: str, live: Mapping[str, object], replay: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """Print the two summaries beside each other; returns them with their relative difference."""
     rows: dict[str, dict[str, object]] = {}
-    print(
-        f"\n{name}: {live.summary['steps_executed_on_device']} steps executed, {len(live.tables.steps)} rows in steps.parquet"
-    )
+    print(f"\n{name}: {live['steps']} steps executed")
     for key in KEYS:
-        a, b = live.summary[key], replay.summary[key]
+        a, b = live[key], replay[key]
         ratio = float(b) / float(a) - 1 if isinstance(a, int | float) and isinstance(b, int | float) and a else None
         rows[key] = {"live": a, "replay": b, "difference": ratio}
         print(f"{key:22}{a:14.3f}{b:14.3f}" + ("" if ratio is None else f"{ratio:+10.2%}"))
     return rows
 
 
-def main() -> None:
-    """Run each scenario both ways."""
-    args = parser().parse_args()
+def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
+    out = folder / f"{Path(name).stem}-replay"
+    return run_scenario(name, backend="profile", profile=args.profile, duration_s=args.duration_s, out=out)
+
+
+def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Each scenario executed, and replayed."""
     report: dict[str, object] = {
         "device": describe_device(args.backend),
         "duration_s": args.duration_s,
         "profile": args.profile,
     }
+    for name in args.scenarios:
+        started, out = time.perf_counter(), folder / f"{Path(name).stem}-live"
+        live = run_scenario(name, backend=args.backend, duration_s=args.duration_s, out=out)
+        wall_s = time.perf_counter() - started
+        assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
+        shown = show(name, live.summary, _replay(name, args, folder).summary)
+        report[Path(name).stem] = {"live_wall_s": wall_s, **shown}
+    return report
+
+
+def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """The scenarios of an earlier comparison replayed once more."""
+    report: dict[str, object] = json.loads(args.again.read_text())
+    args.duration_s = report["duration_s"]
+    report["profile"] = args.profile
+    for name, rows in report.items():
+        if isinstance(rows, dict) and "live_wall_s" in rows:
+            live = {key: rows[key]["live"] for key in KEYS}
+            report[name] = {"live_wall_s": rows["live_wall_s"], **show(name, live, _replay(name, args, folder).summary)}
+    return report
+
+
+def main() -> None:
+    """Run each scenario both ways."""
+    args = parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
-        for name in args.scenarios:
-            started = time.perf_counter()
-            live = run_scenario(
-                name, backend=args.backend, duration_s=args.duration_s, out=folder / f"{Path(name).stem}-live"
-            )
-            wall_s = time.perf_counter() - started
-            replay = run_scenario(
-                name,
-                backend="profile",
-                profile=args.profile,
-                duration_s=args.duration_s,
-                out=folder / f"{Path(name).stem}-replay",
-            )
-            assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
-            report[Path(name).stem] = {"live_wall_s": wall_s, **show(name, live, replay)}
+        report = _again(args, folder) if args.again else _executed(args, folder)
     if args.out:
         args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from backend.base import TILE_ROWS, AdapterShape, Backend
 from backend.features import DECODES_AT_ONCE, PREFILL_TILE, SPLIT_DECODES, TILES_AT_ONCE
-from backend.predictor import BOUNDED, GRID_ROWS, WIDE_ROWS, Predictor
+from backend.predictor import BESIDE_ROWS, BOUNDED, GRID_ROWS, LONG_ROWS, WIDE_ROWS, Predictor
 from sim.config import EngineConfig
 from workloads.adapters import Catalogue
 from workloads.requests import RequestTable
@@ -74,7 +74,17 @@ def _adapters(catalogue: Catalogue, backend: Backend) -> Any:
 
 
 def _costs(predictor: Predictor, factor: float) -> Any:
-    sizes = (TILE_ROWS, PREFILL_TILE, DECODES_AT_ONCE, SPLIT_DECODES, TILES_AT_ONCE, GRID_ROWS, WIDE_ROWS)
+    sizes = (
+        TILE_ROWS,
+        PREFILL_TILE,
+        DECODES_AT_ONCE,
+        SPLIT_DECODES,
+        TILES_AT_ONCE,
+        GRID_ROWS,
+        WIDE_ROWS,
+        *BESIDE_ROWS,
+        *LONG_ROWS,
+    )
     out = _native.StepCosts(predictor.graph_sizes, sizes, factor)
     for name, r in predictor.regimes.items():
         low = [r.low.get(key, -np.inf) for key in BOUNDED]

@@ -9,7 +9,10 @@
 namespace replay {
 
 // Constants of backend/features.py and backend/base.py, handed over by Python.
-struct FeatureSizes { Int tile_rows, prefill_tile, decodes_at_once, split_decodes, tiles_at_once, grid_rows, wide_rows; };
+struct FeatureSizes {
+    Int tile_rows, prefill_tile, decodes_at_once, split_decodes, tiles_at_once, grid_rows, wide_rows;
+    Int beside_from, beside_to, long_from, long_to;
+};
 
 struct Features {
     Int rows = 0, requests = 0, decodes = 0, kv_tokens = 0, max_kv = 0, kv_tail = 0, prefill_keys = 0, prefill_tail = 0,

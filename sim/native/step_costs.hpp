@@ -9,7 +9,7 @@
 
 namespace replay {
 
-constexpr int REST = 12;    // terms of backend/predictor.py, TERMS, but for the first two
+constexpr int REST = 16;    // terms of backend/predictor.py, TERMS, but for the first two
 constexpr int BOUNDED = 7;  // backend/predictor.py, BOUNDED
 
 struct Regime {
@@ -119,7 +119,10 @@ class StepCosts {
         const Int wide_adapters = size >= sizes.wide_rows ? f.active_adapters : 0;
         const Int prompt_rows = f.active_adapters ? f.rows - f.decodes : 0;
         return {f.prefill_keys, f.prefill_tail, f.requests, f.active_adapters, f.rank_sum, f.max_rank, f.lora_tiles,
-                f.row_rank, f.idle_slots, slot_tiles, wide_adapters, prompt_rows};
+                f.row_rank, f.idle_slots, slot_tiles, wide_adapters, prompt_rows,
+                size > sizes.beside_from && size <= sizes.beside_to ? f.rank_sum : 0,
+                size > sizes.long_from && size <= sizes.long_to ? f.rank_sum : 0,
+                f.max_rank * f.rows, f.decodes > 0 && !f.decode_only ? 1 : 0};
     }
 
     double device_s(const Regime& r, const Features& f, Int size) const {

@@ -1,0 +1,38 @@
+"""A comparison of live and replay taken up again: the live figures stay, the replay is new."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import live_vs_replay
+from sim.run import run_scenario
+
+
+def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = dict.fromkeys(live_vs_replay.KEYS, 10.0)
+    rows = {key: {"live": value, "replay": 0.0, "difference": -1.0} for key, value in live.items()}
+    earlier = {
+        "device": {"gpu": "one"},
+        "duration_s": 20.0,
+        "profile": "old",
+        "demo-azure": {"live_wall_s": 3.0, **rows},
+    }
+    file, out = tmp_path / "earlier.json", tmp_path / "again.json"
+    file.write_text(json.dumps(earlier))
+    argv = ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--again", str(file), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    live_vs_replay.main()
+    found = json.loads(out.read_text())
+    alone = run_scenario("demo-azure", duration_s=20.0, out=tmp_path / "alone").summary
+    assert (found["device"], found["profile"]) == ({"gpu": "one"}, "h100-llama-3.1-8b")
+    assert found["demo-azure"]["live_wall_s"] == 3.0
+    for key in ("steps", "mean_ttft_ms"):
+        row = found["demo-azure"][key]
+        assert (row["live"], row["replay"]) == (10.0, alone[key])
+        assert row["difference"] == pytest.approx(float(str(alone[key])) / 10 - 1)
