@@ -126,6 +126,9 @@ def _cloud(tenants: pd.DataFrame, axis: Axes) -> None:
             wait = some["longest_wait_s"].clip(lower=1e-3)
             axis.scatter(share, wait, marker=marker, color=colour, label=label, edgecolor="black", linewidth=0.4)
     axis.set(xlabel="share of the engine's seconds (%)", ylabel="longest wait (s)", xscale="log", yscale="log")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter(lambda value, _: f"{value:g}")
+        scale.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.legend(fontsize=8)
 
 
