@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from backend.base import AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
 from backend.contention import Contention
 from backend.features import StepFeatures
+from backend.predictor import Predictor
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
-    from backend.predictor import Predictor
     from backend.profile import Profile
 
 
@@ -28,9 +28,13 @@ class ReplayBackend:
         self.after_prompts = False
 
     @property
-    def step_costs(self) -> tuple[Predictor, float]:
-        """What `execute` takes the seconds of a step from, and the factor on them: all that a compiled replay must know."""
-        return self.profile.predictor, 1.0
+    def step_costs(self) -> tuple[Predictor, float] | None:
+        """What `execute` takes the seconds of a step from, and the factor on them: all that a compiled replay must know.
+
+        None where something else stands for the predictor, which a compiled replay could not ask.
+        """
+        predictor = self.profile.predictor
+        return (predictor, 1.0) if isinstance(predictor, Predictor) else None
 
     @property
     def contention(self) -> Contention:

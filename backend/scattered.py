@@ -24,7 +24,7 @@ class ScatteredReplay(ReplayBackend):
         self._host = host
 
     @property
-    def step_costs(self) -> None:  # type: ignore[override]
+    def step_costs(self) -> None:
         """Nothing that a compiled replay could know: like steps do not take alike."""
 
     def execute(self, batch: StepBatch) -> StepTiming:

@@ -71,9 +71,11 @@ class WhatIf:
         self._relief = relief
 
     @property
-    def step_costs(self) -> tuple[Predictor, float]:
+    def step_costs(self) -> tuple[Predictor, float] | None:
         """As `ReplayBackend.step_costs`."""
-        predictor, factor = self._inner.step_costs
+        if (costs := self._inner.step_costs) is None:
+            return None
+        predictor, factor = costs
         return predictor, factor * self._relief.steps
 
     def capacity(self) -> Capacity:

@@ -44,7 +44,7 @@ class SwappedModels(ReplayBackend):
         self._there = swap.resident
 
     @property
-    def step_costs(self) -> None:  # type: ignore[override]
+    def step_costs(self) -> None:
         """Nothing that a compiled replay could know: its steps are of one model."""
 
     def stage(self, adapter: AdapterShape) -> LoadTiming:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.real_steps import MODEL, load_s, measured_steps
+from backend.geometry import load_geometry
+from backend.profile import load_profile
+from backend.replay import ReplayBackend
+from benchmarks.real_steps import MODEL, MeasuredSteps, load_s, measured_steps
+from sim.config import EngineConfig
 from sim.curve import decode_features
+from sim.engine import simulate
+from sim.run import limits_of
+from workloads.adapters import Catalogue
+from workloads.requests import RequestTable
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "real_vllm_runs"
 
@@ -42,6 +52,17 @@ def test_planted_costs_are_found_again(tmp_path: Path) -> None:
     assert m.error < 1e-9
     f = decode_features(64, 8, 16, 99)
     assert m.predict(f)[0] == pytest.approx(1e-3 * (10 + 0.03 * 64 + 1e-4 * 6400) * 2.16)
+
+
+def test_what_stands_for_a_predictor_is_replayed_step_by_step() -> None:
+    profile = replace(load_profile("h100-llama-3.1-8b"), predictor=MeasuredSteps(10, 0.03, 1e-4, 0.02, 2, 0.02, 0.0))  # type: ignore[arg-type]
+    config = EngineConfig(max_loras=2, max_lora_rank=16, max_model_len=256)
+    backend = ReplayBackend(profile, load_geometry("llama-3.1-8b"), limits_of(config), 100)
+    requests = RequestTable(np.zeros(3), np.full(3, 20), np.full(3, 4), np.array([0, 1, 2]))
+    tables = simulate(requests, Catalogue.uniform(2, [16]), config, backend)
+    assert (tables.requests["status"] == "finished").all()
+    decode = tables.steps.iloc[-1]
+    assert decode["device_s"] == pytest.approx(1e-3 * (10 + 0.03 * 3 + 1e-4 * 3 * 23) * 2.04)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the published runs are not here")
