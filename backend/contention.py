@@ -20,7 +20,9 @@ EAGER = "2048 prompt tokens"
 """The kind of step measured that no graph is captured for."""
 
 COPIES = 4
-"""Copies one after the other beside a step: longer together than any of the steps here."""
+"""Copies one after the other beside a step: longer together than the decodes here, but not than the prompts, which are beside them for a
+part of their time only.
+"""
 
 
 @dataclass(frozen=True, slots=True)

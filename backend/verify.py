@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from backend.base import NO_SLOT, AdapterShape, Capacity, LoadTiming, StepBatch, StepTiming
+from backend.around import AroundLive
+from backend.base import NO_SLOT, StepBatch, StepTiming
 from backend.errors import BackendError
 from backend.sgmv import sgmv
 
@@ -32,7 +33,7 @@ class Verified:
     largest_logit_error: float = 0.0
 
 
-class VerifyingBackend:
+class VerifyingBackend(AroundLive):
     """A live backend that checks every `every`-th step after it was timed.
 
     The step is computed again with the requests of one adapter at a time, on the keys and values that it found, and left as
@@ -40,35 +41,14 @@ class VerifyingBackend:
     tokens must too where the backend is deterministic, elsewhere they are counted. Raises `BackendError` where bits differ.
     """
 
-    needs_block_tables = True
-
     def __init__(self, live: LiveBackend, every: int) -> None:
-        self.live = live
+        super().__init__(live)
         self.every = every
         self.found = Verified()
-
-    @property
-    def steps_executed(self) -> int:
-        return self.live.steps_executed
 
     def report(self) -> dict[str, object]:
         """`Verified` as plain data."""
         return asdict(self.found)
-
-    def capacity(self) -> Capacity:
-        return self.live.capacity()
-
-    def stage(self, adapter: AdapterShape) -> LoadTiming:
-        return self.live.stage(adapter)
-
-    def drop(self, adapter_id: int) -> None:
-        self.live.drop(adapter_id)
-
-    def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
-        return self.live.load(adapter, slot)
-
-    def close(self) -> None:
-        self.live.close()
 
     def execute(self, batch: StepBatch) -> StepTiming:
         """Run one step and, if it is one's turn, check it; what that takes is in no timing."""

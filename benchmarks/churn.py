@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backend.base import AdapterShape, Capacity, LoadTiming, StepBatch, StepTiming
+from backend.around import AroundLive
+from backend.base import AdapterShape, LoadTiming, StepBatch, StepTiming
 from backend.errors import BackendError
 from backend.geometry import load_geometry
 from backend.live import LiveBackend
@@ -44,33 +45,20 @@ CONFIG = EngineConfig(
 )
 
 
-class Watched:
+class Watched(AroundLive):
     """A live backend that counts rows and moves, and looks at the logits of every step without waiting for them."""
 
-    needs_block_tables = True
-
     def __init__(self, live: LiveBackend, every: int) -> None:
-        self.live, self.every = live, every
+        super().__init__(live)
+        self.every = every
         self.rows_computed = self.steps = self.loads = 0
         self.bad = torch.zeros((), dtype=torch.int64, device=live.device)
         self.table: list[tuple[int, int, int, int, int]] = []
 
-    def capacity(self) -> Capacity:
-        """As the live backend."""
-        return self.live.capacity()
-
-    def stage(self, adapter: AdapterShape) -> LoadTiming:
-        """As the live backend."""
-        return self.live.stage(adapter)
-
-    def drop(self, adapter_id: int) -> None:
-        """As the live backend."""
-        self.live.drop(adapter_id)
-
     def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
         """As the live backend; counted."""
         self.loads += 1
-        return self.live.load(adapter, slot)
+        return super().load(adapter, slot)
 
     def execute(self, batch: StepBatch) -> StepTiming:
         """As the live backend; rows, samples and memory are watched."""
@@ -84,10 +72,6 @@ class Watched:
             allocated, used = _memory(self.live.device)
             self.table.append((self.steps, self.rows_computed, self.loads, allocated, used))
         return timing
-
-    def close(self) -> None:
-        """As the live backend."""
-        self.live.close()
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -75,6 +75,8 @@ def run_scenario(
         scenario = load_scenario(str(scenario))
     if duration_s is not None and not 0 < duration_s < float("inf"):
         raise ScenarioError(f"--duration-s is {duration_s}, must be finite and > 0")
+    if verify is not None and verify < 0:
+        raise ScenarioError(f"--verify is {verify}, must be how many steps lie between checked ones, or 0 for none")
     workload_table = scenario.workload if duration_s is None else {**scenario.workload, "duration_s": duration_s}
     scenario = replace(
         scenario,

@@ -59,7 +59,8 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_batch() -> None:
 
 def test_checked_steps_are_left_as_they_were() -> None:
     stories = [Story(20, 6, 0), Story(9, 6, 1), Story(12, 6, -1)]
-    plain = tokens_together(live(), stories, np.random.default_rng(1))
+    unchecked = live()
+    plain = tokens_together(unchecked, stories, np.random.default_rng(1))
     checked = VerifyingBackend(live(), 2)
     assert tokens_together(checked, stories, np.random.default_rng(1)) == plain
     found = checked.found
@@ -68,6 +69,9 @@ def test_checked_steps_are_left_as_they_were() -> None:
     assert found.tokens > 0
     assert found.tokens_that_differ == 0
     assert found.largest_logit_error < 1e-4
+    for name in ("k_cache", "v_cache"):
+        left, right = getattr(checked.live.decoder, name), getattr(unchecked.decoder, name)
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True)), f"{name} is not as it was"
     caches = zip(checked.live.decoder.k_cache, live().decoder.k_cache, strict=True)
     assert any(not torch.equal(a, b) for a, b in caches), "nothing was computed"
 
@@ -94,6 +98,12 @@ def test_run_verifies_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["run", str(file), "--backend", "cpu", "--verify", "5", "--out", str(tmp_path / "run")]) == 0
     assert "verified " in capsys.readouterr().out
     assert "verify = 5" in (tmp_path / "run" / "scenario.toml").read_text()
+
+
+def test_a_negative_interval_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "demo-azure", "--backend", "cpu", "--verify", "-5", "--out", str(tmp_path / "run")]) == 2
+    assert "--verify is -5, must be" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flag", [["--verify"], ["--deterministic"]])

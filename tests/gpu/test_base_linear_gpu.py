@@ -5,29 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from banks import random_bank
 
-from backend.sgmv import Segments, SlotBank, SlotLayout, base_linear, cuda_kernels
+from backend.geometry import load_geometry
+from backend.sgmv import Segments, base_linear, cuda_kernels
 
 pytestmark = pytest.mark.gpu
 
-LLAMA_8B = {
-    "q_proj": (4096, 4096),
-    "k_proj": (4096, 1024),
-    "v_proj": (4096, 1024),
-    "o_proj": (4096, 4096),
-    "gate_proj": (4096, 14336),
-    "up_proj": (4096, 14336),
-    "down_proj": (14336, 4096),
-}
-LLAMA_1B = {
-    "q_proj": (2048, 2048),
-    "k_proj": (2048, 512),
-    "v_proj": (2048, 512),
-    "o_proj": (2048, 2048),
-    "gate_proj": (2048, 8192),
-    "up_proj": (2048, 8192),
-    "down_proj": (8192, 2048),
-}
+SHAPES = {"8b": load_geometry("llama-3.1-8b").linears(), "1b": load_geometry("llama-3.2-1b").linears()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -49,24 +34,13 @@ def test_base_product_of_few_rows(features: tuple[int, int], dtype: torch.dtype)
         assert all(torch.equal(alike[0], other) for other in alike), "a row's bits depend on the batch"
 
 
-def bank_of(shape: dict[str, tuple[int, int]], ranks: list[int], dtype: torch.dtype) -> SlotBank:
-    bank = SlotBank(SlotLayout.of(shape, 1), len(ranks), max(ranks), dtype=dtype, device=torch.device("cuda"))
-    bank.weights.fill_(float("nan"))
-    for slot, rank in enumerate(ranks):
-        packed = torch.randn(rank * bank.layout.unit, device="cuda") * 0.02
-        bank.write(slot, packed.to(dtype), rank, 0.3 + slot)
-    return bank
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_1B], ids=["8b", "1b"])
+@pytest.mark.parametrize("model", SHAPES)
 @pytest.mark.parametrize("ranks", [[16] * 128, [8, 16, 64, 32, 1, 24, 50, 64], [128, 7, 100]], ids=str)
-def test_lora_in_the_base_product_has_the_bits_of_both_apart(
-    shape: dict[str, tuple[int, int]], ranks: list[int], dtype: torch.dtype
-) -> None:
+def test_lora_in_the_base_product_has_the_bits_of_both_apart(model: str, ranks: list[int], dtype: torch.dtype) -> None:
     """Random mixes over scratch memory full of NaN: the base product, then shrink and expand, against shrink and one kernel."""
-    ranks = ranks[:: 4 if shape is LLAMA_8B and len(ranks) > 64 else 1]
-    bank, rng = bank_of(shape, ranks, dtype), np.random.default_rng(len(ranks))
+    ranks = ranks[:: 4 if model == "8b" and len(ranks) > 64 else 1]
+    bank, rng = random_bank(SHAPES[model], ranks, dtype), np.random.default_rng(len(ranks))
     compared = 0
     for name in ("qkv", "o", "gate_up", "down"):
         linear = bank.layout.layers[0][name]

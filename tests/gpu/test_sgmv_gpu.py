@@ -5,20 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from banks import random_bank
 
-from backend.sgmv import Segments, SlotBank, SlotLayout, sgmv
+from backend.geometry import load_geometry
+from backend.sgmv import Segments, SlotBank, sgmv
 
 pytestmark = pytest.mark.gpu
 
-LINEARS = {
-    "q_proj": (4096, 4096),
-    "k_proj": (4096, 1024),
-    "v_proj": (4096, 1024),
-    "o_proj": (4096, 4096),
-    "gate_proj": (4096, 14336),
-    "up_proj": (4096, 14336),
-    "down_proj": (14336, 4096),
-}
+LINEARS = load_geometry("llama-3.1-8b").linears()
 ODD = {
     "q_proj": (3584, 3584),
     "k_proj": (3584, 520),
@@ -33,18 +27,9 @@ BATCHES = 700
 """Random batches of each of the four linears in the I9 test."""
 
 
-def make_bank(linears: dict[str, tuple[int, int]], dtype: torch.dtype = torch.bfloat16) -> SlotBank:
-    bank = SlotBank(SlotLayout.of(linears, 1), len(RANKS), max(RANKS), dtype=dtype, device=torch.device("cuda"))
-    bank.weights.fill_(float("nan"))
-    for slot, rank in enumerate(RANKS):
-        packed = torch.randn(rank * bank.layout.unit, device="cuda") * 0.02
-        bank.write(slot, packed.to(dtype), rank, 0.5 + slot)
-    return bank
-
-
 @pytest.fixture(scope="module")
 def bank() -> SlotBank:
-    return make_bank(LINEARS)
+    return random_bank(LINEARS, RANKS, torch.bfloat16)
 
 
 def expected(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> torch.Tensor:
@@ -75,7 +60,7 @@ def run(
 @pytest.mark.parametrize("shape", [LINEARS, ODD], ids=["llama", "odd"])
 def test_grouped_equals_float64(engine: str, dtype: torch.dtype, shape: dict[str, tuple[int, int]]) -> None:
     rng = np.random.default_rng(0)
-    bank = make_bank(shape, dtype)
+    bank = random_bank(shape, RANKS, dtype)
     for name in ("qkv", "o", "gate_up", "down"):
         linear = bank.layout.layers[0][name]
         for rows in (1, 7, 33, 256, 600, 2500):
@@ -164,7 +149,7 @@ def test_swiglu_in_the_expand_has_the_bits_of_both_apart(shape: dict[str, tuple[
     from backend import ops_triton
     from backend.sgmv import cuda_kernels
 
-    bank, rng = make_bank(shape, dtype), np.random.default_rng(3)
+    bank, rng = random_bank(shape, RANKS, dtype), np.random.default_rng(3)
     linear = bank.layout.layers[0]["gate_up"]
     for rows, adapters in ((1500, 1), (2300, len(RANKS)), (4000, 3)):
         x = torch.randn(rows, linear.in_features, device="cuda", dtype=dtype)
