@@ -6,17 +6,16 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from backend.base import AdapterShape, LoadTiming
 from backend.errors import BackendError
-from backend.peft import CONFIG, WEIGHTS, PeftAdapter, read_adapter
+from backend.packing import HostBuffer, Packer
+from backend.peft import CONFIG, WEIGHTS, read_adapter
 from backend.sgmv import SlotLayout
 from backend.sgmv.slots import FUSED
 
@@ -41,8 +40,9 @@ class HostStore:
         self.pinned = pinned
         self.seed = seed
         self.folder = tempfile.TemporaryDirectory(prefix="multilora-")
-        self.staged: dict[int, torch.Tensor] = {}
-        self.spare: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.packer = Packer(layout, dtype)
+        self.staged: dict[int, HostBuffer] = {}
+        self.spare: dict[int, list[HostBuffer]] = defaultdict(list)
 
     def _random_folder(self, rank: int) -> Path:
         folder = Path(self.folder.name) / f"rank-{rank}"
@@ -58,58 +58,36 @@ class HostStore:
         which a server does once.
         """
         folder = Path(adapter.folder) if adapter.folder else self._random_folder(adapter.rank)
-        size = adapter.rank * self.layout.unit
-        spare = self.spare[adapter.rank]
-        host = spare.pop() if spare else torch.zeros(size, dtype=self.dtype, pin_memory=self.pinned)
+        buffer = self._buffer(adapter.rank)
         started = time.perf_counter()
         peft = read_adapter(folder, self.geometry)
         if peft.rank != adapter.rank:
             raise BackendError(f"{folder}: holds rank {peft.rank} now, {adapter.rank} when the run began")
-        pack(peft, host, self.layout, adapter.target_modules)
-        self.staged[adapter.adapter_id] = host
-        return LoadTiming(time.perf_counter() - started, size * host.element_size())
+        self.packer.fill(buffer, peft, adapter.target_modules)
+        self.staged[adapter.adapter_id] = buffer
+        return LoadTiming(time.perf_counter() - started, buffer.packed.nbytes)
+
+    def _buffer(self, rank: int) -> HostBuffer:
+        spare = self.spare[rank]
+        return spare.pop() if spare else HostBuffer(rank, self.layout.unit, self.dtype, pinned=self.pinned)
 
     def drop(self, adapter_id: int) -> None:
         """Forget an adapter's host copy; its memory serves the next one of the same rank."""
-        host = self.staged.pop(adapter_id)
-        self.spare[len(host) // self.layout.unit].append(host)
+        buffer = self.staged.pop(adapter_id)
+        self.spare[buffer.rank].append(buffer)
 
     def packed(self, adapter_id: int) -> torch.Tensor:
         """The host copy of a staged adapter."""
         if adapter_id not in self.staged:
             raise BackendError(f"adapter {adapter_id} must be staged in host memory before it is loaded into a slot")
-        return self.staged[adapter_id]
+        return self.staged[adapter_id].packed
 
     def close(self) -> None:
         """Release host memory and remove the files."""
         self.staged.clear()
         self.spare.clear()
+        self.packer.close()
         self.folder.cleanup()
-
-
-def pack(peft: PeftAdapter, host: torch.Tensor, layout: SlotLayout, target_modules: Collection[str]) -> None:
-    """Fill `host` [rank * unit] with the weights of `target_modules`, in the order of a slot; all else is zero."""
-    parts = [part for part in peft.parts if part.module in target_modules]
-    whole = len(layout.layers) * sum(map(len, FUSED.values()))
-    if len(parts) < whole or any(part.rank < peft.rank for part in parts):
-        host.zero_()
-    with safe_open(peft.folder / WEIGHTS, framework="pt") as file:
-        for part in parts:
-            a, b = _views(host, layout, peft.rank, part.layer, part.module)
-            a[: part.rank] = file.get_tensor(part.a)
-            weights = file.get_tensor(part.b)
-            b[: part.rank] = (weights if part.factor == 1 else weights.float() * part.factor).T
-
-
-def _views(
-    packed: torch.Tensor, layout: SlotLayout, rank: int, layer: int, module: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [rank, in] and B, transposed, [rank, out] of one linear inside a packed adapter."""
-    name, modules = next(item for item in FUSED.items() if module in item[1])
-    linear, i = layout.layers[layer][name], modules.index(module)
-    inside, outside = linear.in_features, linear.out_features[i]
-    a, b = rank * linear.a_units[i], rank * linear.b_units[i]
-    return packed[a : a + rank * inside].view(rank, inside), packed[b : b + rank * outside].view(rank, outside)
 
 
 def write_random(

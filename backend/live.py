@@ -35,7 +35,7 @@ def padded_size(rows: int) -> int | None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector out of a step's time: its pauses grow with the simulator's rows."""
+    """Keep Python's garbage collector out of the time of a step or a read: its pauses grow with the simulator's rows."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -94,7 +94,8 @@ class LiveBackend:
 
     def stage(self, adapter: AdapterShape) -> LoadTiming:
         """Read the adapter from disk into (pinned) host memory."""
-        return self.store.stage(adapter)
+        with _no_collection():
+            return self.store.stage(adapter)
 
     def drop(self, adapter_id: int) -> None:
         """Forget the host copy of an adapter."""

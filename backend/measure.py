@@ -94,9 +94,9 @@ def fill_slots(backend: LiveBackend, limits: EngineLimits) -> Room:
 def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
     """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`.
 
-    Ranks are mixed and adapters that are loaded have host memory of their own, as in an engine: a copy that is repeated on the
-    spot finds its bytes in the processor's caches. The first adapter of each rank is not timed; reading, which the
-    machine's processors make uneven, is timed `READS` times as often.
+    Ranks are mixed and every adapter has host memory of its own, as in an engine: a copy that is repeated on the spot finds its bytes in
+    the processor's caches. So each read goes into memory that an adapter left, whose turn was long ago; only the first turn's is new. The
+    first adapter of each rank is not timed; reading, which the machine's processors make uneven, is timed `READS` times as often.
     """
     rng = np.random.default_rng(20261124)
     shapes = [AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES) for rank in RANKS for i in range(repeats + 1)]
@@ -105,11 +105,11 @@ def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
     for turn in range(READS):
         for chosen in rng.permutation(len(shapes)):
             shape = shapes[int(chosen)]
+            if turn:
+                backend.drop(shape.adapter_id)
             timing = backend.stage(shape)
             if turn or shape.adapter_id not in firsts:
                 rows.append(("stage", shape.rank, timing.nbytes, timing.elapsed_s))
-            if turn < READS - 1:
-                backend.drop(shape.adapter_id)
     for chosen in rng.permutation(len(shapes)):
         shape = shapes[int(chosen)]
         timing = backend.load(shape, RANKS.index(shape.rank))

@@ -1,6 +1,6 @@
 """Adapters as PEFT saves them: a folder with `adapter_config.json` and `adapter_model.safetensors`, taken as it is.
 
-Only shapes are read here, without torch: a replay needs no more. `backend/host_store.py` reads the weights.
+Only shapes are read here, without torch: a replay needs no more. `backend/packing.py` reads the weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -34,14 +34,23 @@ _REFUSED = (
 """Keys that say an adapter is more than A and B of linears, which is all that slots hold."""
 
 
+class Stored(NamedTuple):
+    """A tensor inside a safetensors file; its bytes begin at `start` of the file."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One adapted linear: names of its A [rank, in] and B [out, rank]; B is multiplied by `factor` as it is read."""
+    """One adapted linear: its A [rank, in] and B [out, rank]; B is multiplied by `factor` as it is read."""
 
     layer: int
     module: str
-    a: str
-    b: str
+    a: Stored
+    b: Stored
     rank: int
     factor: float = 1.0
 
@@ -65,17 +74,16 @@ class PeftAdapter:
 def read_adapter(folder: Path, geometry: ModelGeometry) -> PeftAdapter:
     """Read an adapter's config and the shapes of its tensors. Raises `BackendError` with file and key or tensor."""
     config = _Config.read(folder / CONFIG)
-    shapes = _shapes(folder / WEIGHTS)
-    pairs = _pairs(shapes, folder / WEIGHTS, geometry)
+    pairs = _pairs(_tensors(folder / WEIGHTS), folder / WEIGHTS, geometry)
     config.check_targets([path for path, *_ in pairs], folder / WEIGHTS)
-    found = []
+    found, linears = [], geometry.linears()
     for path, layer, module, a, b in pairs:
         rank = config.rank(path)
-        inside, outside = geometry.linears()[module]
-        for name, right in ((a, [rank, inside]), (b, [outside, rank])):
-            if shapes[name] != right:
+        inside, outside = linears[module]
+        for tensor, right in ((a, [rank, inside]), (b, [outside, rank])):
+            if tensor.shape != right:
                 raise BackendError(
-                    f"{folder / WEIGHTS}: {name} has shape {shapes[name]}, must be {right}: rank {rank} by {CONFIG},"
+                    f"{folder / WEIGHTS}: {tensor.name} has shape {tensor.shape}, must be {right}: rank {rank} by {CONFIG},"
                     f" {module} of {geometry.name} is {inside} -> {outside}"
                 )
         found.append((layer, module, a, b, rank, config.scaling(path)))
@@ -83,7 +91,7 @@ def read_adapter(folder: Path, geometry: ModelGeometry) -> PeftAdapter:
     parts = tuple(Part(layer, module, a, b, r, own / scaling) for layer, module, a, b, r, own in found)
     used = {part.module for part in parts}
     rank = -(-max(part.rank for part in parts) // 8) * 8
-    return PeftAdapter(folder, rank, tuple(m for m in geometry.linears() if m in used), scaling, parts)
+    return PeftAdapter(folder, rank, tuple(m for m in linears if m in used), scaling, parts)
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -168,33 +176,37 @@ class _Config:
                 )
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file's tensors, from its header."""
+def _tensors(path: Path) -> dict[str, Stored]:
+    """A safetensors file's tensors, from its header."""
     if not path.is_file():
         old = path.with_suffix(".bin")
         more = f"; {old.name} is there: save it again with safe_serialization=True" if old.is_file() else ""
         raise BackendError(f"{path}: is missing, PEFT writes it beside {CONFIG}{more}")
-    shapes = {}
     try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in ("F32", "F16", "BF16"):
-                    raise BackendError(f"{path}: {name} has dtype {tensor.get_dtype()}, must be one of F32, F16, BF16")
-                shapes[name] = list(tensor.get_shape())
+        with safe_open(path, framework="np") as file:  # checks the file; where its tensors lie it does not tell
+            names = list(file.keys())
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
     except (SafetensorError, OSError) as error:
         raise BackendError(f"{path}: not a safetensors file ({error})") from error
-    return shapes
+    tensors = {}
+    for name in names:
+        about = header[name]
+        if about["dtype"] not in ("F32", "F16", "BF16"):
+            raise BackendError(f"{path}: {name} has dtype {about['dtype']}, must be one of F32, F16, BF16")
+        tensors[name] = Stored(name, about["dtype"], about["shape"], 8 + size + about["data_offsets"][0])
+    return tensors
 
 
 def _pairs(
-    shapes: Mapping[str, list[int]], path: Path, geometry: ModelGeometry
-) -> list[tuple[str, int, str, str, str]]:
-    """(path, layer, module, name of A, name of B) of every adapted linear, in order of layers and modules."""
+    tensors: Mapping[str, Stored], path: Path, geometry: ModelGeometry
+) -> list[tuple[str, int, str, Stored, Stored]]:
+    """(path, layer, module, A, B) of every adapted linear, in order of layers and modules."""
     sides: dict[tuple[int, str], dict[str, str]] = {}
     paths: dict[tuple[int, str], str] = {}
     known = list(geometry.linears())
-    for name in shapes:
+    for name in tensors:
         found = _TENSOR.fullmatch(name)
         if found is None or found["module"] not in known:
             raise BackendError(
@@ -218,4 +230,4 @@ def _pairs(
                 f"{path}: {module} of layer {layer} has only {next(iter(pair.values()))}, must have A and B"
             )
     order = sorted(sides, key=lambda key: (key[0], known.index(key[1])))
-    return [(paths[key], *key, sides[key]["A"], sides[key]["B"]) for key in order]
+    return [(paths[key], *key, tensors[sides[key]["A"]], tensors[sides[key]["B"]]) for key in order]
