@@ -62,7 +62,7 @@ def linear_with_lora(
     if segments is None:
         base_product(x, weight, out, bias, kernels=kernels)
     elif kernels and base_linear.takes(x, weight, bias, (bank, linear, segments)):
-        cuda_kernels.shrink(x, bank, linear, segments)
+        cuda_kernels.shrink(x, bank, linear, segments, late=False)
         base_linear.linear(x, weight, out, (bank, linear, segments))
     else:
         base_product(x, weight, out, bias, kernels=kernels)

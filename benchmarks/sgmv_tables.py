@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from backend.linears import linear_with_lora
-from backend.sgmv import Segments, tilings
+from backend.sgmv import Segments, cuda_kernels, tilings
 from benchmarks.sgmv_cells import LINEARS, Cell, Workbench, grid, time_graph
 
 CHAIN = 24
@@ -118,28 +120,38 @@ def over_ranks() -> Rows:
 
 
 def over_tilings() -> Rows:
-    """Each tiling that can take a batch: what `backend.sgmv.tilings.choose` was written from."""
+    """Shrink and expand by each tiling that can take a batch: what `backend.sgmv.tilings` was written from."""
     rows: Rows = []
-    chosen = tilings.choose
     names = {"few": tilings.FEW, "many": tilings.MANY, "long": tilings.LONG}
     cells = [c for c in grid((16, 64)) if c.distribution in ("identical", "uniform", "distinct", "seg4")]
     for cell in cells:
         bench = Workbench(cell)
+        width, outs = LINEARS[cell.layer]
+        picks = {
+            "shrink": tilings.for_shrink(cell.rows, cell.rank, len(outs), width),
+            "expand": tilings.for_expand(cell.rows, cell.rank, sum(outs)),
+        }
         for name, tiling in names.items():
-            if (cell.rows > 512 and tiling.tile_rows == 8) or (cell.rows < 512 and tiling.tile_rows == 64):
+            if (cell.rows > 512 and tiling.tile_rows == 8) or (cell.rows < 256 and tiling.tile_rows == 64):
                 continue
-            buffers = [Segments.allocate(cell.rows, bench.bank) for _ in bench.row_slots]
-            for buffer, slots in zip(buffers, bench.row_slots, strict=True):
-                _force(buffer, slots, bench, tiling)
-            bench.calls = [(linear, buffer) for linear in bench.linears for buffer in buffers]
-            median, least = time_graph(bench.run_all, len(bench.calls), 5)
-            pick = chosen(cell.rows, cell.rank) == tiling
-            rows.append(_keys(cell) | {"tiling": name, "chosen": pick, "median_us": median, "min_us": least})
+            for part, pick in picks.items():
+                run, calls = _part(bench, part, tiling)
+                median, least = time_graph(run, calls, 5)
+                timed = {"part": part, "tiling": name, "chosen": pick == tiling}
+                rows.append(_keys(cell) | timed | {"median_us": median, "min_us": least})
     return rows
 
 
-def _force(buffer: Segments, slots: torch.Tensor, bench: Workbench, tiling: tilings.Tiling) -> None:
-    from backend.sgmv.segments import _build_on_cuda
+def _part(bench: Workbench, part: str, tiling: tilings.Tiling) -> tuple[Callable[[], None], int]:
+    """All calls of shrink or of expand alone, and how many they are."""
+    cut = [Segments.allocate(bench.cell.rows, bench.bank).of(s, bench.bank, (tiling,)) for s in bench.row_slots]
+    calls = list(itertools.product(bench.linears, cut))
 
-    buffer.row_slots, buffer.tiling = slots, tiling
-    _build_on_cuda(buffer, bench.bank)
+    def run() -> None:
+        for linear, segments in calls:
+            if part == "shrink":
+                cuda_kernels.shrink(bench.x, bench.bank, linear, segments, tiling)
+            else:
+                cuda_kernels.expand(bench.y, bench.bank, linear, segments, tiling)
+
+    return run, len(calls)

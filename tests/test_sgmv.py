@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.sgmv import Segments, SlotBank, SlotLayout, sgmv, sgmv_reference
-from backend.sgmv.segments import _build_in_torch
-from backend.sgmv.tilings import ALL, Tiling, choose
+from backend.sgmv.segments import MOST_CUTS, _build_in_torch
+from backend.sgmv.tilings import ALL, Tiling, cuts, for_expand, for_shrink
 
 LINEARS = {
     "q_proj": (256, 128),
@@ -57,11 +58,12 @@ def test_segments_cover_every_adapted_row_once(row_slots: list[int], tile_rows: 
     bank = filled_bank(ranks, torch.float32)
     slots = torch.tensor(row_slots, dtype=torch.int32)
     segments = Segments.allocate(len(slots), bank, engine="triton").of(slots, bank)
-    segments.tiling = Tiling(tile_rows, "", "")
+    segments.cuts = (replace(segments.cuts[0], tiling=Tiling(tile_rows, "", "")),)
     _build_in_torch(segments, bank)
+    (cut,) = segments.cuts
     seen: list[int] = []
     used = set()
-    for slot, first, count, rank in segments.tiles[: int(segments.header[0])].tolist():
+    for slot, first, count, rank in cut.tiles[: int(cut.header[0])].tolist():
         assert 1 <= count <= tile_rows
         assert rank == ranks[slot]
         rows = segments.rows[first : first + count]
@@ -69,15 +71,21 @@ def test_segments_cover_every_adapted_row_once(row_slots: list[int], tile_rows: 
         seen += rows.tolist()
         used.add(slot)
     assert sorted(seen) == torch.nonzero(slots >= 0).squeeze(1).tolist()
-    assert int(segments.header[1]) == max((ranks[slot] for slot in used), default=0)
-    assert int(segments.header[0]) <= segments.most_tiles(len(ranks))
+    assert int(cut.header[1]) == max((ranks[slot] for slot in used), default=0)
+    assert int(cut.header[0]) <= segments.most_tiles(len(ranks))
 
 
-@given(st.integers(1, 20_000), st.sampled_from([8, 16, 64, 128, 512]))
-def test_every_batch_has_a_tiling(rows: int, max_rank: int) -> None:
-    tiling = choose(rows, max_rank)
-    assert tiling in ALL
-    assert choose(rows + 1, max_rank).tile_rows >= tiling.tile_rows
+@given(st.integers(1, 20_000), st.sampled_from([8, 16, 64, 128, 512]), st.integers(1, 3), st.integers(128, 30_000))
+def test_every_batch_is_cut_into_the_tiles_that_its_kernels_take(
+    rows: int, max_rank: int, slices: int, width: int
+) -> None:
+    made = cuts(rows, max_rank)
+    assert 1 <= len(made) <= MOST_CUTS
+    assert set(made) <= set(ALL)
+    for later, now in zip(cuts(rows + 1, max_rank), made, strict=False):
+        assert later.tile_rows >= now.tile_rows
+    assert for_shrink(rows, max_rank, slices, width) in made
+    assert for_expand(rows, max_rank, slices * width) in made
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from backend.sgmv.segments import Segments, padded_rank
+from backend.sgmv.segments import Cut, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
 
 TensorMap = ctypes.c_ulonglong * 16
@@ -33,7 +33,7 @@ def _struct(name: str, source: str, align: int = 8) -> type[ctypes.Structure]:
 
 ShrinkArgs = _struct(
     "ShrinkArgs",
-    "ptr x weights header tiles rows h; long x_stride slot_stride a_unit; int in_features slices h_rows h_rank",
+    "ptr x weights header tiles rows h; long x_stride slot_stride a_unit; int in_features slices h_rows h_rank late",
 )
 ExpandArgs = _struct(
     "ExpandArgs",
@@ -46,7 +46,7 @@ LinearArgs = _struct(
 )
 WideArgs = _struct(
     "WideArgs",
-    "map w x; ptr y row_slots; long y_stride; int rows in_features out_features eights depth; ExpandArgs lora",
+    "map w x; ptr y row_slots; long y_stride; int rows in_features out_features eights depth stage_bytes; ExpandArgs lora",
     align=64,
 )
 
@@ -64,17 +64,18 @@ def expand_args(
     bank: SlotBank,
     linear: FusedLinear,
     segments: Segments,
+    cut: Cut,
     *,
     groups: tuple[int, ...],
     pieces: int,
     long_run: int,
     activated: torch.Tensor | None = None,
 ) -> ctypes.Structure:
-    """What adds `scaling * B h` to rows of `out`; `groups`: column groups of each slice, `pieces`: partials of h."""
+    """What adds `scaling * B h` to rows of `out`, tile by tile of `cut`; `groups`: column groups of each slice, `pieces`: partials of h."""
     widths, begins, _ = columns(linear.out_features, 1)
     return ExpandArgs(
-        segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), segments.header.data_ptr(),
-        segments.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(),
+        segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), cut.header.data_ptr(),
+        cut.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(),
         None if activated is None else activated.data_ptr(), out.stride(0), bank.weights.stride(0),
         0 if activated is None else activated.stride(0), (*linear.b_units, 0, 0)[:3], widths, begins, groups,
         linear.slices, pieces, len(segments.rows), padded_rank(bank.max_lora_rank), long_run,

@@ -46,7 +46,6 @@ class Launch:
     threads: int
     shared_bytes: int
     columns: int
-    rows: int
     cluster: int = 1
     depth: int = 0
 
@@ -62,7 +61,7 @@ def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch 
         whole = not rank or not any(w % width for w in slices)
         if rows <= most and whole and shared <= run.rooms[f"linear_{most}"]:
             grid = min(-(-sum(slices) // width), run.processors)
-            return Launch(f"linear_{most}", grid, 384 if rank else 256, shared, width, most)
+            return Launch(f"linear_{most}", grid, 384 if rank else 256, shared, width)
     return None
 
 
@@ -87,7 +86,7 @@ def _wide(rows: int, slices: tuple[int, ...], width: int, rank: int, run: Kernel
     if depth < 3:
         return None
     grid = tiles * cluster if cluster > 1 else min(tiles, run.processors)
-    return Launch(name, grid, 128 * groups + 160, fixed + depth * stage, tile, most, cluster, depth)
+    return Launch(name, grid, 128 * groups + 160, fixed + depth * stage, tile, cluster, depth)
 
 
 def _plan(x: torch.Tensor, slices: tuple[int, ...], lora: Lora | None) -> Launch | None:
@@ -115,16 +114,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora 
     assert plan is not None, "see takes"
     common = (x.shape[0], x.shape[1], len(weight))
     if plan.depth:
-        maps = _map(weight, len(weight), plan.columns), _map(x, len(x), plan.rows)
-        args = WideArgs(*maps, out.data_ptr(), None, out.stride(0), *common, 0, plan.depth)
+        maps = _map(weight, len(weight), plan.columns), _map(x, len(x), len(x))
+        stage_bytes = (plan.columns + len(x)) * BOX * 2
+        args = WideArgs(*maps, out.data_ptr(), None, out.stride(0), *common, 0, plan.depth, stage_bytes)
     else:
         args = LinearArgs(x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, x.stride(0), out.stride(0), *common, 0)
     if lora:
         bank, layout, segments = lora
-        args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.tiling.tile_rows // 8
+        args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.cuts[0].tiling.tile_rows // 8
         groups = columns(layout.out_features, plan.columns)[2]
         pieces = -(-x.shape[1] // PIECE)
-        args.lora = expand_args(out, bank, layout, segments, groups=groups, pieces=pieces, long_run=1)
+        args.lora = expand_args(out, bank, layout, segments, segments.cuts[0], groups=groups, pieces=pieces, long_run=1)
     run.launch(plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=True, cluster=plan.cluster)
 
 

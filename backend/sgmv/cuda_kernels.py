@@ -10,6 +10,7 @@ from backend.sgmv.arguments import ShrinkArgs, columns, expand_args
 from backend.sgmv.nvrtc import Kernels, kernels
 from backend.sgmv.segments import PIECE, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
+from backend.sgmv.tilings import LONG, Tiling, for_expand, for_shrink
 
 SETTLED_PIECES = 4
 """With more pieces than this, long segments have their partials added up by a launch of its own."""
@@ -36,6 +37,12 @@ def _grid(items: int, name: str, run: Kernels) -> int:
 FILL = 1.5
 """Blocks a multiprocessor should get of long segments, where taking smaller shares of the work allows it."""
 
+PROLOGUE = 1.5
+"""What a block of `expand_long` does before its first 128 columns, in the time of so many times 128 columns."""
+
+SWIGLU_FROM = 2048
+"""Rows from which applying SwiGLU in the expand saves more than a launch for rows without an adapter costs."""
+
 RINGED_COLUMNS = 8192
 """Up to as many columns of few pieces, B of ranks above 16 goes by way of a ring in shared memory."""
 
@@ -46,24 +53,41 @@ def _shrink_blocks(tiles: int, height: int, pieces: int, run: Kernels) -> int:
 
 
 def _long_run(tiles: int, widths: tuple[int, ...], run: Kernels) -> int:
-    """Blocks of 128 columns that a block of `expand_long` walks: fewer where there would be too few items."""
-    return next((n for n in (8, 4) if tiles * sum(columns(widths, n * 128)[2]) >= FILL * run.processors), 2)
+    """Blocks of 128 columns that a block of `expand_long` walks: so many that the last of its rounds is full, or nearly."""
+    blocks = run.processors * RESIDENT_BLOCKS["expand_long"]
+
+    def rounds(walk: int) -> float:
+        return -(-tiles * sum(columns(widths, walk * 128)[2]) // blocks) * (walk + PROLOGUE)
+
+    return min((16, 8, 4, 2), key=rounds)
 
 
-def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
-    """Partial rank vectors of every adapted row of `x` [T, in] into `segments.partials`."""
-    run, name = kernels(x.dtype), segments.tiling.shrink
-    long = segments.tiling.tile_rows == 64
-    pieces = -(-linear.in_features // PIECE)
+def shrink(
+    x: torch.Tensor,
+    bank: SlotBank,
+    linear: FusedLinear,
+    segments: Segments,
+    tiling: Tiling | None = None,
+    *,
+    late: bool = True,
+) -> None:
+    """Partial rank vectors of every adapted row of `x` [T, in] into `segments.partials`; `tiling` None: the fastest.
+
+    `late`: the next kernel begins when the previous one has ended, as `expand` must, which reads `out` at once.
+    """
     rows, height = len(segments.rows), linear.slices * bank.max_lora_rank
+    tiling = tiling or for_shrink(rows, bank.max_lora_rank, linear.slices, linear.in_features)
+    run, name, cut = kernels(x.dtype), tiling.shrink, segments.cut(tiling)
+    long = tiling == LONG
+    pieces = -(-linear.in_features // PIECE)
     blocks = -(-height // 16)
     if long:
         each = _shrink_blocks(-(-rows // 64), height, pieces, run)
         name, blocks = f"{name}_{each}", -(-blocks // each)
     args = ShrinkArgs(
-        x.data_ptr(), bank.weights.data_ptr(), segments.header.data_ptr(), segments.tiles.data_ptr(),
+        x.data_ptr(), bank.weights.data_ptr(), cut.header.data_ptr(), cut.tiles.data_ptr(),
         segments.rows.data_ptr(), segments.partials.data_ptr(), x.stride(0), bank.weights.stride(0),
-        linear.a_units[0], linear.in_features, linear.slices, rows, padded_rank(bank.max_lora_rank),
+        linear.a_units[0], linear.in_features, linear.slices, rows, padded_rank(bank.max_lora_rank), late,
     )  # fmt: skip
     shared = 3 * 64 * (128 + 32) * 2 if long else 0
     run.launch(
@@ -76,11 +100,14 @@ def _settle(run: Kernels, segments: Segments, pieces: int, cells: int) -> None:
     run.launch("settle", -(-cells // 1024), 256, values, early=True)
 
 
-def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
-    """Add `scaling * B h` of every adapted row to `out` [T, sum of out_features]; follows `shrink`."""
-    run, name = kernels(out.dtype), segments.tiling.expand
+def expand(
+    out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments, tiling: Tiling | None = None
+) -> None:
+    """Add `scaling * B h` of every adapted row to `out` [T, sum of out_features]; `tiling`: see `shrink`, which it follows."""
     rows, rank = len(segments.rows), padded_rank(bank.max_lora_rank)
-    long = segments.tiling.tile_rows == 64
+    tiling = tiling or for_expand(rows, bank.max_lora_rank, sum(linear.out_features))
+    run, name, cut = kernels(out.dtype), tiling.expand, segments.cut(tiling)
+    long = tiling == LONG
     pieces = -(-linear.in_features // PIECE)
     if long and pieces > SETTLED_PIECES:
         _settle(run, segments, pieces, rows * linear.slices * rank)
@@ -90,8 +117,8 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
     widths, _, groups = columns(linear.out_features, 128 * long_run)
     if name == "expand_short_1" and rank > 16 and pieces <= SETTLED_PIECES and sum(widths) <= RINGED_COLUMNS:
         name = "expand_short_1_ringed"
-    args = expand_args(out, bank, linear, segments, groups=groups, pieces=pieces, long_run=long_run)
-    row_bytes, eights = (128 + 8) * 2, 2 if segments.tiling.tile_rows > 8 else 1
+    args = expand_args(out, bank, linear, segments, cut, groups=groups, pieces=pieces, long_run=long_run)
+    row_bytes, eights = (128 + 8) * 2, 2 if tiling.tile_rows > 8 else 1
     shared = (4 if long else 2) * rank // 16 * eights * 512
     if long:
         shared += 2 * rank * row_bytes
@@ -101,9 +128,10 @@ def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Seg
 
 
 def takes_swiglu(linear: FusedLinear, segments: Segments) -> bool:
-    """Whether `expand_swiglu` serves `linear` on this batch: gate and up of one width, and long segments."""
-    widths, pieces = linear.out_features, -(-linear.in_features // PIECE)
-    return segments.tiling.tile_rows == 64 and len(widths) == 2 and len(set(widths)) == 1 and pieces <= SETTLED_PIECES
+    """Whether `expand_swiglu` serves `linear` on this batch, and saves time: gate and up of one width, and many rows."""
+    widths, pieces, rows = linear.out_features, -(-linear.in_features // PIECE), len(segments.rows)
+    apart = rows < SWIGLU_FROM or segments.cuts[-1].tiling != LONG
+    return not apart and len(widths) == 2 and len(set(widths)) == 1 and pieces <= SETTLED_PIECES
 
 
 def expand_swiglu(
@@ -115,13 +143,12 @@ def expand_swiglu(
     and reading `gate_up` once more. The bits are those of `expand` and then `ops_triton.silu_mul`.
     """
     run, name = kernels(gate_up.dtype), "expand_long_swiglu"
-    rows, rank = len(segments.rows), padded_rank(bank.max_lora_rank)
-    one = linear.out_features[:1]
+    rows, rank, one = len(segments.rows), padded_rank(bank.max_lora_rank), linear.out_features[:1]
     long_run = _long_run(-(-rows // 64), one, run)
     groups = columns(one, 128 * long_run)[2]
-    pieces = -(-linear.in_features // PIECE)
     args = expand_args(
-        gate_up, bank, linear, segments, groups=groups, pieces=pieces, long_run=long_run, activated=activated
-    )
+        gate_up, bank, linear, segments, segments.cut(LONG), groups=groups, pieces=-(-linear.in_features // PIECE),
+        long_run=long_run, activated=activated,
+    )  # fmt: skip
     shared = 4 * 2 * rank // 16 * 2 * 512 + 2 * rank * (128 + 8) * 2
     run.launch(name, _grid(rows * sum(groups), name, run), 128, (args,), shared, early=True)

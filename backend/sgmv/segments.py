@@ -9,10 +9,26 @@ import torch
 
 from backend.sgmv import nvrtc
 from backend.sgmv.slots import SlotBank
-from backend.sgmv.tilings import TRITON, Tiling, choose
+from backend.sgmv.tilings import TRITON, Tiling, cuts
+
+MOST_CUTS = 2
+"""Sizes of tiles that a batch is cut into at most."""
 
 PIECE = 1024
 """Input columns whose partial product is kept apart; fixed in `cuda/common.cu`, and the same in Triton."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Sorted rows cut into tiles of at most `tiling.tile_rows` rows of one adapter.
+
+    `tiles` int32[T, 4]: (slot, first position, rows, rank), as many as `header[0]` says; `header` int32[4]: tiles,
+    largest rank among them.
+    """
+
+    tiling: Tiling
+    header: torch.Tensor
+    tiles: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -20,17 +36,14 @@ class Segments:
     """Rows sorted by slot and cut into tiles of one adapter; rows without an adapter (-1) are left out.
 
     `row_slots` int32[T], the input; `rows` int32[T]: original row of each sorted position (only the adapted ones
-    count); `tiles` int32[T, 4]: (slot, first position, rows, rank), as many as `header[0]` says; `header` int32[4]:
-    tiles, largest rank among them; `partials` float32: partial rank vectors on their way from shrink to expand.
-    Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
+    count); `cuts`: the tiles, in one size or two; `partials` float32: partial rank vectors on their way from shrink to
+    expand. Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
     """
 
     row_slots: torch.Tensor
     rows: torch.Tensor
-    tiles: torch.Tensor
-    header: torch.Tensor
+    cuts: tuple[Cut, ...]
     partials: torch.Tensor
-    tiling: Tiling
     engine: str  # "cuda", "triton" or "torch"
     fresh: bool = field(default=True)
 
@@ -45,36 +58,35 @@ class Segments:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         cells = 0 if engine == "torch" else max_rows * partial_cells(bank)
-        return cls(
-            ints(max_rows).fill_(-1),
-            ints(max_rows),
-            ints(max_rows, 4),
-            ints(4),
-            torch.empty(cells, dtype=torch.float32, device=device),
-            choose(max_rows, bank.max_lora_rank) if engine == "cuda" else TRITON,
-            engine,
-        )
+        room = tuple(Cut(TRITON, ints(4), ints(max_rows, 4)) for _ in range(MOST_CUTS))
+        partials = torch.empty(cells, dtype=torch.float32, device=device)
+        return cls(ints(max_rows).fill_(-1), ints(max_rows), room, partials, engine)
 
-    def of(self, row_slots: torch.Tensor, bank: SlotBank) -> Segments:
+    def of(self, row_slots: torch.Tensor, bank: SlotBank, tilings: tuple[Tiling, ...] | None = None) -> Segments:
         """The segments of a batch, in these buffers: `row_slots` int32[T] on the device, T at most `max_rows`.
 
-        No host synchronisation and, on CUDA, no allocation: it can be captured in a graph.
+        `tilings` None: those that the kernels choose from. No host synchronisation and, on CUDA, no allocation: it can
+        be captured in a graph.
         """
         count = len(row_slots)
-        tiling = choose(count, bank.max_lora_rank) if self.engine == "cuda" else TRITON
-        view = Segments(
-            row_slots, self.rows[:count], self.tiles[:count], self.header, self.partials, tiling, self.engine
-        )
+        if tilings is None:
+            tilings = cuts(count, bank.max_lora_rank) if self.engine == "cuda" else (TRITON,)
+        made = tuple(Cut(t, room.header, room.tiles[:count]) for t, room in zip(tilings, self.cuts, strict=False))
+        view = Segments(row_slots, self.rows[:count], made, self.partials, self.engine)
         if self.engine == "cuda":
             _build_on_cuda(view, bank)
         elif self.engine == "triton":
             _build_in_torch(view, bank)
         return view
 
+    def cut(self, tiling: Tiling) -> Cut:
+        """The tiles of that size, which must be among `cuts`."""
+        return next(cut for cut in self.cuts if cut.tiling == tiling)
+
     def most_tiles(self, max_loras: int) -> int:
-        """Tiles that a batch of this many rows can have: each slot in use adds at most one that is not full."""
+        """Tiles of the first cut that a batch of this many rows can have: each slot in use adds at most one not full."""
         rows = len(self.rows)
-        return min(rows, rows // self.tiling.tile_rows + min(rows, max_loras))
+        return min(rows, rows // self.cuts[0].tiling.tile_rows + min(rows, max_loras))
 
     def begin(self) -> bool:
         """Whether the next kernel may overlap its predecessor: not where that one builds these segments."""
@@ -96,18 +108,20 @@ def padded_rank(rank: int) -> int:
 
 
 def _build_on_cuda(view: Segments, bank: SlotBank) -> None:
-    tensors = (view.row_slots, bank.ranks, view.header, view.tiles, view.rows)
     slots = len(bank.ranks)
-    values = (
-        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
-        *(ctypes.c_int(v) for v in (len(view.row_slots), slots, view.tiling.tile_rows)),
-    )
-    nvrtc.kernels(bank.weights.dtype).launch("segment_map", 1, 1024, values, 4 * (3 * slots + 2), early=False)
+    for cut in view.cuts:
+        tensors = (view.row_slots, bank.ranks, cut.header, cut.tiles, view.rows)
+        values = (
+            *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+            *(ctypes.c_int(v) for v in (len(view.row_slots), slots, cut.tiling.tile_rows)),
+        )
+        nvrtc.kernels(bank.weights.dtype).launch("segment_map", 1, 1024, values, 4 * (3 * slots + 2), early=False)
 
 
 def _build_in_torch(view: Segments, bank: SlotBank) -> None:
     """The same map from torch operations of fixed shapes, for GPUs and interpreters without the CUDA kernel."""
-    slots, size = len(bank.ranks), view.tiling.tile_rows
+    cut, slots = view.cuts[0], len(bank.ranks)
+    size = cut.tiling.tile_rows
     device = view.row_slots.device
     keys = torch.where(view.row_slots < 0, slots, view.row_slots).long()
     counts = torch.zeros(slots + 1, dtype=torch.int64, device=device).scatter_add_(0, keys, torch.ones_like(keys))[
@@ -119,7 +133,7 @@ def _build_in_torch(view: Segments, bank: SlotBank) -> None:
     within = number - (tile_ends - (counts + size - 1) // size)[slot]
     first = (counts.cumsum(0) - counts)[slot] + within * size
     rows = (counts[slot] - within * size).clamp(max=size)
-    view.tiles.copy_(torch.stack([slot, first, rows, bank.ranks[slot].long()], 1))
+    cut.tiles.copy_(torch.stack([slot, first, rows, bank.ranks[slot].long()], 1))
     view.rows.copy_(torch.argsort(keys, stable=True))
     present = torch.where(counts > 0, bank.ranks.long(), 0)
-    view.header[:2] = torch.stack([tile_ends[-1], present.max()])
+    cut.header[:2] = torch.stack([tile_ends[-1], present.max()])

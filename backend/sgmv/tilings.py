@@ -1,6 +1,6 @@
-"""Which kernels take a batch: chosen from what the host knows, rows and the largest rank, never from the mix.
+"""Which kernels take a batch: chosen from what the host knows, rows, ranks and widths, never from the mix.
 
-Every choice computes the same bits (see `cuda/common.cu`); they differ in speed only. `choose` was written from
+Every choice computes the same bits (see `cuda/common.cu`); they differ in speed only. The choices were written from
 `benchmarks/results/sgmv_h100_tilings.csv`, measured by `python -m benchmarks.sgmv --only tune`.
 """
 
@@ -23,17 +23,37 @@ MANY = Tiling(16, "shrink_short_2", "expand_short_2")
 LONG = Tiling(64, "shrink_long", "expand_long")
 ALL = (FEW, MANY, LONG)
 
-LONG_RANK = 128
-"""Largest rank whose B fits the shared memory of `expand_long` twice."""
+LONG_FROM, LONG_RANK = 512, 128
+"""Rows from which batches are cut into tiles of 64 rows as well; and the largest rank whose B fits the shared memory of
+`expand_long` twice."""
+
+WIDE = 8192
+"""Columns of y from which B is so large that reading it for every 8 rows takes longer than for every 16."""
+
+SHORT_SHRINK, SHORT_EXPAND = 3e8, 3.2e6
+"""Up to so many multiplications of a shrink (rows times rows of A times columns), and elements of y, short tiles are faster."""
 
 TRITON = Tiling(16, "", "")
 
 
-def choose(rows: int, max_lora_rank: int) -> Tiling:
-    """The tiling for a batch of `rows` rows whose adapters have at most `max_lora_rank`."""
-    small = max_lora_rank <= 16
-    if rows <= 64 or (rows <= 128 and small):
-        return FEW
-    if rows <= 512 or (rows <= 1024 and small) or max_lora_rank > LONG_RANK:
-        return MANY
-    return LONG
+def cuts(rows: int, max_lora_rank: int) -> tuple[Tiling, ...]:
+    """The sizes that a batch of `rows` rows is cut into, whose adapters have at most `max_lora_rank`."""
+    if rows <= 32 or (rows <= 64 and max_lora_rank <= 16):
+        return (FEW,)
+    if rows < LONG_FROM:
+        return (FEW, MANY)
+    return (MANY, LONG) if max_lora_rank <= LONG_RANK else (MANY,)
+
+
+def for_shrink(rows: int, max_lora_rank: int, slices: int, in_features: int) -> Tiling:
+    """One of `cuts`. Short tiles read all of A for every 16 rows; long ones have fewer blocks."""
+    height = slices * max_lora_rank
+    short = rows >= LONG_FROM and (height <= 16 or rows * height * in_features <= SHORT_SHRINK)
+    return cuts(rows, max_lora_rank)[0 if short else -1]
+
+
+def for_expand(rows: int, max_lora_rank: int, columns: int) -> Tiling:
+    """One of `cuts`. Short tiles have more blocks; those of longer ones read B less often."""
+    if rows >= LONG_FROM:
+        return cuts(rows, max_lora_rank)[0 if rows * columns <= SHORT_EXPAND else -1]
+    return cuts(rows, max_lora_rank)[0 if rows <= 64 or (rows <= 256 and columns <= WIDE) else -1]

@@ -130,26 +130,26 @@ def sgmv(x: torch.Tensor, out: torch.Tensor, bank: SlotBank, linear: FusedLinear
 
 def shrink(x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
     """Partial rank vectors of every adapted row of `x` [T, in] into `segments.partials`."""
-    rows, tiles = len(segments.rows), segments.most_tiles(len(bank.ranks))
+    rows, tiles, cut = len(segments.rows), segments.most_tiles(len(bank.ranks)), segments.cuts[0]
     a0, a1, a2 = (*linear.a_units, 0, 0)[:3]
     rank_blocks = -(-bank.max_lora_rank // RANK_BLOCK)
     _shrink[(tiles, linear.slices * rank_blocks, -(-linear.in_features // PIECE))](
-        x, x.stride(0), bank.weights, bank.weights.stride(0), segments.header, segments.rows, segments.tiles,
+        x, x.stride(0), bank.weights, bank.weights.stride(0), cut.header, segments.rows, cut.tiles,
         segments.partials, rows, a0, a1, a2, linear.in_features,
         max_rank=padded_rank(bank.max_lora_rank), slices=linear.slices, split=PIECE,
-        BLOCK_M=segments.tiling.tile_rows, BLOCK_R=RANK_BLOCK, BLOCK_K=128, num_warps=4, num_stages=4,
+        BLOCK_M=cut.tiling.tile_rows, BLOCK_R=RANK_BLOCK, BLOCK_K=128, num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
 def expand(out: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments) -> None:
     """Add `scaling * B h` of every adapted row to `out` [T, sum of out_features]; follows `shrink`."""
-    rows, tiles = len(segments.rows), segments.most_tiles(len(bank.ranks))
+    rows, tiles, cut = len(segments.rows), segments.most_tiles(len(bank.ranks)), segments.cuts[0]
     b0, b1, b2 = (*linear.b_units, 0, 0)[:3]
     n0, n1, n2 = (*linear.out_features, 0, 0)[:3]
     block_n = 128 if all(n % 128 == 0 for n in linear.out_features) else 64
     _expand[(tiles, sum(-(-n // block_n) for n in linear.out_features))](
-        segments.partials, rows, bank.weights, bank.weights.stride(0), segments.header, bank.scaling, segments.rows,
-        segments.tiles, out, out.stride(0), b0, b1, b2, n0, n1, n2,
+        segments.partials, rows, bank.weights, bank.weights.stride(0), cut.header, bank.scaling, segments.rows,
+        cut.tiles, out, out.stride(0), b0, b1, b2, n0, n1, n2,
         max_rank=padded_rank(bank.max_lora_rank), slices=linear.slices, pieces=-(-linear.in_features // PIECE),
-        BLOCK_M=segments.tiling.tile_rows, BLOCK_R=RANK_BLOCK, BLOCK_N=block_n, num_warps=4,
+        BLOCK_M=cut.tiling.tile_rows, BLOCK_R=RANK_BLOCK, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip

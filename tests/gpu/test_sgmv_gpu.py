@@ -151,7 +151,7 @@ def test_swiglu_in_the_expand_has_the_bits_of_both_apart(shape: dict[str, tuple[
 
     bank, rng = random_bank(shape, RANKS, dtype), np.random.default_rng(3)
     linear = bank.layout.layers[0]["gate_up"]
-    for rows, adapters in ((1500, 1), (2300, len(RANKS)), (4000, 3)):
+    for rows, adapters in ((2048, 1), (2300, len(RANKS)), (4000, 3)):
         x = torch.randn(rows, linear.in_features, device="cuda", dtype=dtype)
         base = torch.randn(rows, sum(linear.out_features), device="cuda", dtype=dtype)
         slots = torch.tensor(np.sort(rng.integers(-1, adapters, rows)), dtype=torch.int32, device="cuda")

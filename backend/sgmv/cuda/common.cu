@@ -10,7 +10,8 @@
 // Every kernel lets its successor start at once and touches x, h and y only after griddepcontrol.wait, which returns
 // when the kernel before has completed (as that one waited for the one before it, all of them have). Weights never
 // change within a step, and the first kernel after the segment map is launched without this overlap, so both may be
-// read before the wait.
+// read before the wait. A shrink whose successor is an expand lets it start only when the base product has completed:
+// that successor reads y before the wait as well.
 
 typedef unsigned int u32;
 typedef unsigned short u16;

@@ -54,15 +54,17 @@ static __device__ __forceinline__ void expand_short(const Expand& p) {
     for (int i = 0; i < (RINGED ? RING - 1 : 1); i++) fetch();
     Target<NT> target;
     float scale = 0.f;
-    if (now.valid) {
+    auto begin = [&]() {
+        if (!now.valid) return;
         target.aim(p, now.tile, now.slice, 0, q);
+        target.load(now.group * run * 512 + warp * 128 + g * 8, p.width[now.slice]);
         scale = p.scaling[now.tile.x];
-    }
+    };
+    begin();
     wait_for_previous();
     for (int parity = 0; now.valid; parity ^= 1) {
         const int4 tile = now.tile;
         const int slice = now.slice, width = p.width[slice], first = now.group * run * 512 + warp * 128 + g * 8;
-        target.load(first, width);
         next = now;
         next.move(p, tiles, gridDim.x, groups);
         uint4* h = fragments + parity * (p.h_rank / 16) * NT * 32;
@@ -90,10 +92,7 @@ static __device__ __forceinline__ void expand_short(const Expand& p) {
             target.store(c, scale, at, width);
         }
         now = next;
-        if (now.valid) {
-            target.aim(p, now.tile, now.slice, 0, q);
-            scale = p.scaling[now.tile.x];
-        }
+        begin();
     }
 }
 
@@ -124,20 +123,20 @@ static __device__ __forceinline__ void run_expand_long(const Expand& p) {
         Target<2> target;
         target.aim(p, tile, now.slice, mine, q);
         const float scale = p.scaling[tile.x];
+        target.load(first + g * 8, end);
         if (!waited) {
             wait_for_previous();
             waited = true;
         }
-        target.load(first + g * 8, end);
         gather_h<2>(p, (u32*)h, tile, now.slice, mine, 16, lane, 32);
         __syncwarp();
         int stage = 0;
         for (int column = first; column < end; column += 128, stage ^= 1) {
-            fetch(column + 128, stage ^ 1);
-            wait_for_copies<1>();
-            __syncthreads();
             Target<2> next = target;
             next.load(column + 128 + g * 8, end);
+            wait_for_copies<0>();
+            __syncthreads();
+            fetch(column + 128, stage ^ 1);
             float c[8][2][4];
             clear<2>(c);
             for (int block = 0; block * 16 < tile.w; block++) {
@@ -147,103 +146,7 @@ static __device__ __forceinline__ void run_expand_long(const Expand& p) {
             }
             target.store(c, scale, column + g * 8, end);
             target = next;
-            __syncthreads();
         }
-        wait_for_copies<0>();
-        __syncthreads();
-    }
-    if (!waited) wait_for_previous();
-}
-
-// The operations of `_silu_mul` in ops_triton.py, one by one, so that a row has the same bits by either way.
-static __device__ __forceinline__ float swiglu(float gate, float up) {
-    float e, sigmoid;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(-gate * 1.4426950408889634f));
-    asm("div.full.f32 %0, %1, %2;" : "=f"(sigmoid) : "f"(1.f), "f"(1.f + e));
-    return gate * sigmoid * up;
-}
-
-// As expand_long for two slices of equal width, gate and up, taken together: `activated` = silu(gate) * up of each
-// adapted row. gate and up themselves stay in registers, where y would be written and read again.
-static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
-    extern __shared__ __align__(16) u16 memory[];  // B: [2][h_rank][B_ROW], then fragments of gate and of up
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
-    const int each = (p.h_rank / 16) * 2 * 32;
-    uint4* h = (uint4*)(memory + 2 * p.h_rank * B_ROW) + warp * 2 * each;
-    const int tiles = p.header[0], width = p.width[0], shift = p.begin[1] - p.begin[0];
-    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 rows a pass of 128 threads copies
-    let_next_start();
-    bool waited = false;
-    ExpandItem now;
-    now.flat = now.number = 0;
-    for (now.move(p, tiles, blockIdx.x, p.groups); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
-        const int4 tile = now.tile;
-        const int columns = p.long_run * 128, first = now.group * columns, end = min(width, first + columns);
-        auto fetch = [&](int column, int slice) {
-            const u16* b = p.weights + tile.x * p.slot_stride + tile.w * p.b_unit[slice];
-            if (column < end)
-                for (int r = line; r < (tile.w + 15) / 16 * 16; r += 8)
-                    copy_async(memory + (slice * p.h_rank + r) * B_ROW + chunk * 8,
-                               b + (long long)r * width + column + chunk * 8, r < tile.w && column + chunk * 8 < width);
-            commit_copies();
-        };
-        fetch(first, 0);
-        Target<2> target;
-        target.aim(p, tile, 0, mine, q);
-        u16* activated[2][2];
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            activated[n >> 1][n & 1] =
-                p.activated + p.rows[tile.y + min(mine + (n >> 1) * 8 + 2 * q + (n & 1), tile.z - 1)] * p.activated_stride;
-        const float scale = p.scaling[tile.x];
-        if (!waited) {
-            wait_for_previous();
-            waited = true;
-        }
-        target.load(first + g * 8, end);
-        gather_h<2>(p, (u32*)h, tile, 0, mine, 16, lane, 32);
-        gather_h<2>(p, (u32*)(h + each), tile, 1, mine, 16, lane, 32);
-        __syncwarp();
-        uint4 gate[2][2][2];
-        for (int column = first; column < end; column += 128)
-#pragma unroll
-            for (int slice = 0; slice < 2; slice++) {
-                fetch(slice ? column + 128 : column, slice ^ 1);
-                wait_for_copies<1>();
-                __syncthreads();
-                Target<2> next = target;
-                if (slice)
-                    next.load(column + 128 + g * 8, end);
-                else
-                    next.load(column + shift + g * 8, end + shift);
-                float c[8][2][4];
-                clear<2>(c);
-                for (int block = 0; block * 16 < tile.w; block++) {
-                    uint4 v[8];
-                    read_b(v, memory + (slice * p.h_rank + block * 16) * B_ROW, g, q);
-                    multiply<2>(c, v, h + slice * each + block * 2 * 32, lane);
-                }
-                const int at = column + g * 8;
-#pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
-                    const uint4 sum = target.sum(c, scale, j, i, half);
-                    if (slice == 0) {
-                        gate[j][i][half] = sum;
-                    } else if (target.live[j][i] && at + half * 64 < end) {
-                        u32 out[4];
-#pragma unroll
-                        for (int m = 0; m < 4; m++) {
-                            const u32 a = word(gate[j][i][half], m), b = word(sum, m);
-                            out[m] = pack(swiglu(widen(a, 0), widen(b, 0)), swiglu(widen(a, 1), widen(b, 1)));
-                        }
-                        *(uint4*)(activated[j][i] + at + half * 64) = make_uint4(out[0], out[1], out[2], out[3]);
-                    }
-                }
-                target = next;
-                __syncthreads();
-            }
-        wait_for_copies<0>();
         __syncthreads();
     }
     if (!waited) wait_for_previous();
@@ -253,4 +156,3 @@ KERNEL(expand_short_1, 128, 4, Expand, expand_short<1 COMMA false>)
 KERNEL(expand_short_1_ringed, 128, 3, Expand, expand_short<1 COMMA true>)
 KERNEL(expand_short_2, 128, 3, Expand, expand_short<2 COMMA false>)
 KERNEL(expand_long, 128, 2, Expand, run_expand_long)
-KERNEL(expand_long_swiglu, 128, 2, Expand, run_expand_long_swiglu)

@@ -63,30 +63,37 @@ static __device__ __forceinline__ void multiply(float (&c)[8][NT][4], const uint
 
 // The rank vectors of tokens `mine`..`mine + tokens - 1` of a tile: partials added in order, rounded, kept in shared
 // memory as mma fragments. `threads` threads share the work, four pairs of ranks at a time.
-template <int NT>
-static __device__ __forceinline__ void gather_h(const Expand& p, u32* h, const int4& tile, int slice, int mine, int tokens,
-                                                int thread, int threads) {
+// CELLS of them a thread at a time, the loads of PIECES partials of each on their way together.
+template <int NT, int CELLS, int PIECES>
+static __device__ __forceinline__ void gather_cells(const Expand& p, u32* h, const int4& tile, int slice, int mine, int tokens,
+                                                    int thread, int threads) {
     const long long step = (long long)p.h_rows * p.slices * p.h_rank;
     const int pairs = (tile.w + 15) / 16 * 8, total = min(tokens, tile.z - mine) * pairs;
-    for (int start = thread; start < total; start += 4 * threads) {
-        const float* from[4];
-        float low[4], high[4];
+    for (int start = thread; start < total; start += CELLS * threads) {
+        const float* from[CELLS];
+        float low[CELLS], high[CELLS];
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
+        for (int u = 0; u < CELLS; u++) {
             const int i = min(start + u * threads, total - 1), token = i / pairs, pair = i - token * pairs;
             from[u] = p.h + ((long long)(tile.y + mine + token) * p.slices + slice) * p.h_rank + 2 * pair;
             low[u] = high[u] = 0.f;
         }
-#pragma unroll 4
-        for (int piece = 0; piece < p.pieces; piece++)
+        for (int first = 0; first < p.pieces; first += PIECES) {
+            float2 v[PIECES][CELLS];
 #pragma unroll
-            for (int u = 0; u < 4; u++)
-                if (start + u * threads < total) {
-                    const float2 v = *(const float2*)(from[u] + piece * step);
-                    low[u] += v.x, high[u] += v.y;
-                }
+            for (int n = 0; n < PIECES * CELLS; n++) {
+                const int piece = first + n / CELLS, u = n % CELLS;
+                const bool there = piece < p.pieces && start + u * threads < total;
+                v[n / CELLS][u] = there ? *(const float2*)(from[u] + piece * step) : make_float2(0.f, 0.f);
+            }
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
+            for (int n = 0; n < PIECES * CELLS; n++) {
+                const float2 part = v[n / CELLS][n % CELLS];
+                low[n % CELLS] += part.x, high[n % CELLS] += part.y;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < CELLS; u++) {
             const int i = start + u * threads, token = i / pairs, pair = i - token * pairs;
             // Cells past the rank hold what an earlier step left there.
             const float first = 2 * pair < tile.w ? low[u] : 0.f, second = 2 * pair + 1 < tile.w ? high[u] : 0.f;
@@ -95,6 +102,15 @@ static __device__ __forceinline__ void gather_h(const Expand& p, u32* h, const i
             if (i < total) to[0] = value, to[2] = pack(first - widen(value, 0), second - widen(value, 1));
         }
     }
+}
+
+template <int NT>
+static __device__ __forceinline__ void gather_h(const Expand& p, u32* h, const int4& tile, int slice, int mine, int tokens,
+                                                int thread, int threads) {
+    if (min(tokens, tile.z - mine) * ((tile.w + 15) / 16 * 8) <= threads)
+        gather_cells<NT, 1, 16>(p, h, tile, slice, mine, tokens, thread, threads);
+    else
+        gather_cells<NT, 4, 4>(p, h, tile, slice, mine, tokens, thread, threads);
 }
 
 template <int NT>

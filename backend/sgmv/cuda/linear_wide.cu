@@ -5,7 +5,8 @@ struct LinearWide {
     u16* y;
     const int* row_slots;  // null: no row has an adapter
     long long y_stride;
-    int rows, in_features, out_features, eights, depth;  // eights: rows of a tile of `lora`, by eight; depth: of the ring
+    int rows, in_features, out_features, eights;  // eights: rows of a tile of `lora`, by eight
+    int depth, stage_bytes;                       // of the ring
     Expand lora;
 };
 
@@ -49,7 +50,7 @@ struct Wide {
     __device__ __forceinline__ void fetch() const {
         Ring w_at, x_at;
         auto fetch_w = [&](int tile, int i) {
-            barrier_expect(full + w_at.slot, STAGE * 2);
+            barrier_expect(full + w_at.slot, p.stage_bytes);
             copy_box(boxes + w_at.slot * STAGE, p.w, (first + i) * 64, tile * M, full + w_at.slot);
             w_at.move(p.depth);
         };

@@ -7,6 +7,7 @@ struct Shrink {
     float* h;  // [pieces][h_rows][slices][h_rank]
     long long x_stride, slot_stride, a_unit;
     int in_features, slices, h_rows, h_rank;
+    int late;  // the successor reads what the predecessor writes: it may start when that has ended
 };
 
 static __device__ __forceinline__ float* h_cell(const Shrink& p, int piece, int position, int row, int rank) {
@@ -43,8 +44,8 @@ static __device__ __forceinline__ void load_a(uint4 (&a0)[4], uint4 (&a1)[4], co
 }
 
 // Short segments: a block is one (tile of 8 * NT rows, piece) and, where there is work for all blocks in that, all of
-// A's rows; else 16 of them. Its 8 warps take one run each. The next 16 rows of A, whichever item they belong to, are
-// fetched while this one's partials are added up.
+// A's rows; else 16 of them. Its 8 warps take one run each. The next 16 rows of A, whichever item they belong to, and the
+// next item's x are fetched while this one's partials are added up.
 template <int NT>
 static __device__ __forceinline__ void shrink_short(const Shrink& p) {
     __shared__ float partial[2][RUNS][8 * NT * 20];
@@ -52,14 +53,22 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
     const int pieces = (p.in_features + PIECE - 1) / PIECE, blocks = (p.slices * p.header[1] + 15) / 16;
     const int span = p.header[0] * pieces >= 2 * (int)gridDim.x ? blocks : 1, spans = blocks / span;
     const int items = p.header[0] * pieces * spans;
-    let_next_start();
+    if (!p.late) let_next_start();
     ShrinkItem now;
     uint4 a0[4], a1[4], x[NT][4];
     int row[NT];
-    bool fresh = true;
     auto rows_of_item = [&]() {
 #pragma unroll
         for (int j = 0; j < NT; j++) row[j] = p.rows[now.tile.y + min(j * 8 + g, now.tile.z - 1)];
+    };
+    auto load_x = [&]() {
+        const int k = now.piece * PIECE + warp * RUN + q * 8;
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+                x[j][s] = j * 8 + g < now.tile.z && k + 32 * s < p.in_features ? load_row(p.x + row[j] * p.x_stride + k + 32 * s)
+                                                                               : make_uint4(0, 0, 0, 0);
     };
     now.seek(p, blockIdx.x, items, pieces, spans, 16 * span);
     now.block *= span;
@@ -68,19 +77,13 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
         rows_of_item();
     }
     wait_for_previous();
+    if (p.late) let_next_start();
+    if (now.index < items) load_x();
     for (int parity = 0; now.index < items; parity ^= 1) {
         const int4 tile = now.tile;
-        const int piece = now.piece, block = now.block, height = p.slices * tile.w, k = piece * PIECE + warp * RUN + q * 8;
-        if (fresh)
-#pragma unroll
-            for (int j = 0; j < NT; j++)
-#pragma unroll
-                for (int s = 0; s < 4; s++)
-                    x[j][s] = j * 8 + g < tile.z && k + 32 * s < p.in_features
-                                  ? load_row(p.x + row[j] * p.x_stride + k + 32 * s)
-                                  : make_uint4(0, 0, 0, 0);
+        const int piece = now.piece, block = now.block, height = p.slices * tile.w;
         now.block++;
-        fresh = now.block % span == 0 || now.block * 16 >= height;
+        const bool fresh = now.block % span == 0 || now.block * 16 >= height;
         if (fresh) {
             now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * span);
             now.block *= span;
@@ -88,7 +91,10 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
         }
         float acc[NT][4];
         one_run<NT>(acc, a0, a1, x);
-        if (now.index < items) load_a(a0, a1, p, now, warp, g, q);
+        if (now.index < items) {
+            load_a(a0, a1, p, now, warp, g, q);
+            if (fresh) load_x();
+        }
 #pragma unroll
         for (int j = 0; j < NT; j++)
 #pragma unroll
@@ -123,7 +129,7 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
     const int items = p.header[0] * pieces * spans;
     const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 lines a pass of 128 threads copies
     auto runs_of = [&](int piece) { return (min(PIECE, p.in_features - piece * PIECE) + RUN - 1) / RUN; };
-    let_next_start();
+    if (!p.late) let_next_start();
     ShrinkItem a_item, x_item, now;
     int a_run = 0, x_run = 0, filled = 0, used = 0;
     a_item.seek(p, blockIdx.x, items, pieces, spans, 16 * BLOCKS);
@@ -175,6 +181,7 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
     for (int i = 0; i < A_STAGES - 1; i++) fetch_a();
     if (x_item.index < items) point();
     wait_for_previous();
+    if (p.late) let_next_start();
     if (x_item.index < items) fetch_x();
     for (; now.index < items; now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * BLOCKS)) {
         const int4 tile = now.tile;
