@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backend.measure import describe_device
+from backend.profile import load_profile
 from sim.run import RunResult, run_scenario
 
 KEYS = (
@@ -60,6 +61,12 @@ def show(name: str, live: Mapping[str, object], replay: Mapping[str, object]) ->
     return rows
 
 
+def measured_when(profile: str) -> dict[str, object]:
+    """What tells one measurement of a profile from another."""
+    meta = load_profile(profile).meta
+    return {key: meta[key] for key in ("date", "gpu", "measuring_s") if key in meta}
+
+
 def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
     out = folder / f"{Path(name).stem}-replay"
     return run_scenario(name, backend="profile", profile=args.profile, duration_s=args.duration_s, out=out)
@@ -71,6 +78,7 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         "device": describe_device(args.backend),
         "duration_s": args.duration_s,
         "profile": args.profile,
+        "profile_measured": measured_when(args.profile),
     }
     for name in args.scenarios:
         started, out = time.perf_counter(), folder / f"{Path(name).stem}-live"
@@ -86,7 +94,7 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """The scenarios of an earlier comparison replayed once more."""
     report: dict[str, object] = json.loads(args.again.read_text())
     args.duration_s = report["duration_s"]
-    report["profile"] = args.profile
+    report |= {"profile": args.profile, "profile_measured": measured_when(args.profile)}
     for name, rows in report.items():
         if isinstance(rows, dict) and "live_wall_s" in rows:
             live = {key: rows[key]["live"] for key in KEYS}

@@ -36,5 +36,7 @@ def _draw(row: Sequence[Mapping[str, Any]], unit: str, axis: Axes) -> None:
     axis.set(xlabel="fine-tunes", ylabel=unit, xscale="log", yscale="log")
     ticks = [c["tenants"] for c in row]
     axis.set_xticks(ticks, [str(n) for n in ticks], fontsize=7)
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.legend(fontsize=8)

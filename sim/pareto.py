@@ -84,11 +84,12 @@ def _draw(points: Sequence[Point], unit: str, axis: Axes) -> None:
         axis.scatter([p.cost for p in some], [1e3 * p.p99_ttft_s for p in some], c=colour, marker=marker, label=label)
     own = points[0]
     axis.scatter([own.cost], [1e3 * own.p99_ttft_s], c="black", marker="*", s=160, label="the plan", zorder=3)
-    for point in best:
-        place = (point.cost, 1e3 * point.p99_ttft_s)
-        axis.annotate(point.label, place, xytext=(5, 5), textcoords="offset points", fontsize=7)
+    for i, point in enumerate(best):  # above and below the front by turns: no name lies over the next
+        place, shift = (point.cost, 1e3 * point.p99_ttft_s), (5, -11 if i % 2 else 5)
+        axis.annotate(point.label, place, xytext=shift, textcoords="offset points", fontsize=7)
     lengths = [p.p99_ttft_s for p in points]
     if max(lengths) > 5 * min(lengths):
         axis.set_yscale("log")
+    axis.margins(0.2, 0.1)
     axis.set(xlabel=unit, ylabel="P99 TTFT (ms)", xlim=(0, None))
     axis.legend(fontsize=8)

@@ -31,6 +31,7 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
     found = json.loads(out.read_text())
     alone = run_scenario("demo-azure", duration_s=20.0, out=tmp_path / "alone").summary
     assert (found["device"], found["profile"]) == ({"gpu": "one"}, "h100-llama-3.1-8b")
+    assert found["profile_measured"] == live_vs_replay.measured_when("h100-llama-3.1-8b") != {}
     assert found["demo-azure"]["live_wall_s"] == 3.0
     for key in ("steps", "mean_ttft_ms"):
         row = found["demo-azure"][key]
