@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
-from statistics import NormalDist
 
 import numpy as np
 
-from backend.host_speed import HostSpeed, Spread
+from backend.host_speed import HostSpeed
+from backend.host_spread import Spread
 
 STRETCH_S = 5.0
 """Seconds of a record that are played on end: ratios of steps are alike for 1 to 3 s, and unrelated after 6."""
@@ -16,8 +15,8 @@ STRETCH_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class HostOutlook:
-    """What is known of a run's host before it begins: records of `others`, how far runs lie apart, and `own`, the record of its
-    beginning, `own_s` long.
+    """What is known of a run's host before it begins: records of `others` (none: only its own), how far runs lie apart, and `own`, the
+    record of its beginning, `own_s` long.
     """
 
     others: tuple[HostSpeed, ...]
@@ -26,26 +25,25 @@ class HostOutlook:
     own_s: float = 0.0
 
     @property
-    def trust(self) -> float:
-        """How likely the run goes on like its own beginning rather than like another run."""
-        if self.own is None:
-            return 0.0
-        return self.spread.trust(self.own_s) if self.others else 1.0
+    def began(self) -> float | None:
+        """The level of the run's beginning."""
+        return None if self.own is None else self.own.level(0.0, self.own_s)
 
 
 class HostDraw:
     """Host seconds over predicted ones, as one run would have them.
 
     While the run's own record lasts, it is played. Then stretches of `STRETCH_S` follow each other, each from the run's own beginning
-    or from another run, and all of them times what this run as a whole may differ by: of `seeds` draws, `seed` has its quantile of
+    or from another run, at the level that this run may have as a whole: of `seeds` draws, `seed` has its quantile of what is believed of
     that. Time is that of the steps, without idle.
     """
 
     def __init__(self, outlook: HostOutlook, seed: int = 0, seeds: int = 1) -> None:
         self._outlook = outlook
         self._rng = np.random.default_rng(seed)
-        apart = outlook.spread.runs * (1.0 - outlook.trust) ** 0.5
-        self._run = exp(apart * NormalDist().inv_cdf((seed + 0.5) / seeds))
+        began = outlook.began
+        self._run = outlook.spread.quantile((seed + 0.5) / seeds, began, outlook.own_s)
+        self._like_own = 0.0 if began is None else outlook.spread.lasting(outlook.own_s)
         self._level, self._record, self._around_s = 1.0, outlook.own, outlook.own_s
         self._at_s, self._until_s = 0.0, outlook.own_s
 
@@ -63,11 +61,11 @@ class HostDraw:
     def _next(self) -> None:
         """Begin the next stretch: anywhere in a record, which goes on with its beginning where it ends, so that all of it is as likely."""
         known, rng = self._outlook, self._rng
-        if known.own is not None and (not known.others or rng.random() < known.trust):
+        if known.own is not None and (not known.others or rng.random() < self._like_own):
             self._record, self._around_s = known.own, known.own_s
+            self._level = self._run / (known.began or 1.0) if known.others else 1.0
         elif known.others:
             self._record = known.others[int(rng.integers(len(known.others)))]
-            self._around_s = self._record.end_s
-        self._level = self._run
+            self._around_s, self._level = self._record.end_s, self._run
         self._at_s = float(rng.uniform(0.0, self._around_s))
         self._until_s = self._at_s + STRETCH_S

@@ -7,7 +7,6 @@ seconds, then as short again, all of them together. No function of a step's comp
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +18,6 @@ from backend.regression import WAITED_S
 
 WINDOW_S = 10.0
 """Seconds over which the level of a host is taken."""
-
-RUN_LAUNCH_MS = (62.0, 63.0, 67.0, 69.0, 72.0, 90.0)
-"""Median launches of a step of more than 256 rows in six runs of one engine on machines of one kind (vLLM 0.24, H100, ms): how far a
-run as a whole lies from others, beside its waves."""
-
-_RUN_WINDOWS = 4
-"""Windows that these medians were taken over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +85,3 @@ class HostSpeed:
         """Levels of its whole windows of `WINDOW_S`, one after the other."""
         begins = np.arange(0.0, self.end_s - WINDOW_S + 1e-9, WINDOW_S)
         return [level for begin in begins if (level := self.level(begin, begin + WINDOW_S)) is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How far hosts lie apart, as standard deviations of the logarithm: a run's windows of `WINDOW_S` from the run's own level, and runs
-    from each other.
-    """
-
-    windows: float
-    runs: float
-
-    @classmethod
-    def of(cls, speeds: Sequence[HostSpeed]) -> Spread:
-        """Of windows by these runs; of runs by `RUN_LAUNCH_MS`, less what waves alone would make of such medians."""
-        logs = [np.log(levels) for speed in speeds if len(levels := speed.windows()) > 1]
-        free = sum(len(values) - 1 for values in logs)
-        within = sum(float(((values - values.mean()) ** 2).sum()) for values in logs) / free if free else 0.0
-        between = float(np.var(np.log(RUN_LAUNCH_MS), ddof=1)) - within / _RUN_WINDOWS
-        return cls(within**0.5, max(0.0, between) ** 0.5)
-
-    def trust(self, seconds: float) -> float:
-        """What the first `seconds` of a run tell of the rest: the share of their distance from other runs that is the run's own and lasts."""
-        whole = self.runs**2 + self.windows**2 * WINDOW_S / seconds
-        return self.runs**2 / whole if whole else 1.0

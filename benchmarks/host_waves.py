@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from backend.host_speed import WINDOW_S, HostSpeed, Ratios, Spread
+from backend.host_speed import WINDOW_S, HostSpeed, Ratios
+from backend.host_spread import Spread
 from backend.online import OnlineRuns
 
 _APART_S = ((0.2, 0.4), (0.7, 1.5), (6.0, 12.0))

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import pandas as pd
 
 from backend.errors import BackendError
+from benchmarks.live_vs_replay import measured_when
 from benchmarks.markdown import markdown
 from benchmarks.validation_traces import document, figure, validations
 from sim.errors import ScenarioError
@@ -80,6 +81,9 @@ The same scenario executed step by step on our own backend and replayed from its
 (`python -m benchmarks.live_vs_replay demo-azure --profile {profile} --duration-s {duration_s:.0f}`, {gpu}, {date}):
 """
 
+SINCE = """The profile has been measured anew since (faster kernels or reads from disk, see CHANGELOG.md), the comparison has not.
+"""
+
 NOT_YET = """## Not validated
 
 vLLM 0.5.0; runs whose client was the limit (`client_flag`). Median and P99 ITL of strangers' runs are not predicted. No run of real
@@ -139,6 +143,8 @@ def live_against_replay(file: Path) -> str:
     """The section on our own backend, from a measured comparison."""
     data = json.loads(file.read_text())
     parts = [LIVE.format(profile=data["profile"], duration_s=data["duration_s"], **{k: data["device"][k] for k in ("gpu", "date")})]  # fmt: skip
+    if data.get("profile_measured") != measured_when(data["profile"]):
+        parts.append(SINCE)
     for name in [key for key, value in data.items() if isinstance(value, dict) and "completed" in value]:
         rows = [{"metric": key, **value} for key, value in data[name].items() if isinstance(value, dict)]
         parts += [f"{name}:\n", markdown(pd.DataFrame(rows).astype({"live": float, "replay": float}), ("difference",)) + "\n"]  # fmt: skip

@@ -95,7 +95,7 @@ def document(results: Sequence[Validation]) -> str:
     runs = online_runs(PROFILE, load_profile(PROFILE))
     if runs is not None:
         table, spread = levels(runs)
-        lie = {"windows": spread.windows, "runs": spread.runs, "trust": spread.trust(10.0)}
+        lie = {"windows": spread.windows, "slow": spread.expected(1.3, 10.0), "fast": spread.expected(0.9, 10.0)}
         parts += [WAVES.format(**lie), markdown(table.round(2), ()) + "\n"]
     parts.append(RUN_BY_RUN)
     for result in results:
@@ -122,9 +122,10 @@ machines: `ml32_rate8` and `ml32_rate16` ran on the same one). The shipped profi
 one decode grid and one prefill grid at `max_loras` 32, and the host's part from these four runs. **Each run is predicted from a profile
 made without it**: `validate` finds out by the steps themselves that a run is among those of the profile, and leaves it out.
 
-`blind`: nothing of the run is known. `host_fitted`: the host's seconds of the first 10 s of its step log are; how far they are believed
-to last is what runs differ by, over that and what 10 s of one run differ from its rest by. Both draw how the host's speed goes from
-the other runs, {seeds} seeds; the figure is their median, `_95` holds 95 % of them. `host_known` is no prediction: the host is as fast at
+`blind`: nothing of the run is known but that it is like one of six runs reported of such machines, or unlike all (`backend/host_spread.py`).
+`host_fitted`: the host's seconds of the first 10 s of its step log are known, too: which level the run is then likely to have follows from
+what 10 s of one run differ from its rest by. Both draw how the host's speed goes from the other runs, {seeds} seeds; the
+figure is their median, `_95` holds 95 % of them. `host_known` is no prediction: the host is as fast at
 every time as the run's log says, so that its error is that of everything else: GPU, scheduler, adapter moves.
 """
 
@@ -140,8 +141,9 @@ FOUND = """## What is known of the errors
   factor for each composition, found with sight of the run itself, leaves (`best`); `noise` is what is left if each step
   is predicted by its nearest steps of the same kind in time.
 - With the speed given (`host_known`) every aim of the closed loop is met. Without it, the errors left are what waves did after the
-  first 10 s: levels of 10 s of one run lie further apart than those of these whole runs, but runs that are reported of such machines
-  lie further apart still (`backend.host_speed.RUN_LAUNCH_MS`), so the first 10 s are believed by about half.
+  first 10 s: levels of 10 s of one run lie further apart than those of these whole runs, or of five of the six that are reported of such
+  machines (`backend.host_spread.RUN_LAUNCH_MS`); the sixth was a third slower. So a beginning near the middle says little, and a very slow
+  one that the run is slow.
 - The prefill grid seems to have been measured in a slow wave: its launches take longer than live ones do on average, while decodes of a
   grid, one batch repeated, take less of the host than live ones. So the host comes from live runs, as a factor on the grid's shape: a
   coefficient for each term, fitted to 10 s, took waves for compositions.
@@ -159,8 +161,8 @@ FOUND = """## What is known of the errors
 """
 
 WAVES = """The level of each run's host, measured over what a profile made from the other runs predicts, and how alike (correlation) the ratios of two
-steps are by the seconds between them. Levels of 10 s lie {windows:.3f} of a logarithm from their run's (standard deviation), whole runs
-{runs:.3f} from each other, by `backend.host_speed.RUN_LAUNCH_MS`: of what 10 s say of a run, {trust:.0%} is believed to last.
+steps are by the seconds between them. Levels of 10 s lie {windows:.3f} of a logarithm from their run's (standard deviation):
+of a run whose first 10 s are at 1.3 a level of {slow:.2f} is expected, of one at 0.9 {fast:.2f} (`backend.host_spread`).
 """
 
 RUN_BY_RUN = """## Run by run

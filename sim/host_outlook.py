@@ -13,7 +13,8 @@ from backend.fitting import measured
 from backend.geometry import load_geometry
 from backend.host_draw import HostDraw, HostOutlook
 from backend.host_fit import times, with_host_of, with_time_between
-from backend.host_speed import HostSpeed, Spread
+from backend.host_speed import HostSpeed
+from backend.host_spread import Spread
 from backend.memory import memory_plan
 from backend.online import OnlineRuns
 from backend.predictor import Predictor
@@ -67,16 +68,15 @@ class Loop:
         return table.rename(columns=names)
 
     def fitted(self, known: pd.DataFrame, seconds: float) -> Predictor:
-        """Step costs with the host fitted to `known`, the run's first `seconds`: its level, as far as that is likely to last."""
+        """Step costs with the host fitted to `known`, the run's first `seconds`: the level that a run which begins so is likely to have."""
         predictor = self.profile.predictor
         if not self.records:
             return with_host_of(predictor, measured(known))
         level = HostSpeed.of(predictor, known).level(0.0, seconds)
-        trust = Spread.of(self.records).trust(seconds)
-        return predictor if level is None else times(predictor, 1.0 + trust * (level - 1.0))
+        return times(predictor, Spread.of(self.records).expected(level, seconds))
 
     def _outlook(self, known: pd.DataFrame | None, seconds: float) -> HostOutlook | None:
         own = None if known is None else HostSpeed.of(self.profile.predictor, known)
         if seconds == float("inf") and own is not None:
-            return HostOutlook((), Spread(0.0, 0.0), own, seconds)
+            return HostOutlook((), Spread(0.0), own, seconds)
         return HostOutlook(self.records, Spread.of(self.records), own, seconds) if self.records else None

@@ -18,7 +18,7 @@ from sim.config import EngineConfig
 from sim.errors import ScenarioError
 from sim.host_outlook import Loop
 
-SEEDS = 16
+SEEDS = 32
 """Simulations of a run, each with another host."""
 
 _ROWS = (8, 16, 32, 64, 128)

@@ -15,7 +15,8 @@ from backend.fitting import composition, measured
 from backend.geometry import load_geometry
 from backend.host_draw import STRETCH_S, HostDraw, HostOutlook
 from backend.host_fit import times, with_host_of, with_time_between
-from backend.host_speed import HostSpeed, Ratios, Spread
+from backend.host_speed import HostSpeed, Ratios
+from backend.host_spread import RUN_LAUNCH_MS, Spread
 from backend.predictor import HOST_AFTER_PROMPTS, HOST_REQUESTS, HOST_STEP, Predictor
 from backend.profile import load_profile
 from backend.scattered import ScatteredReplay
@@ -71,20 +72,40 @@ def test_a_kind_that_was_not_measured_goes_like_the_other() -> None:
     assert HostSpeed(nothing, nothing, 0.0).at(3.0, launched=True) == 1.0
 
 
-def test_trust_in_the_first_seconds_follows_from_how_far_hosts_lie_apart() -> None:
-    assert Spread(0.1, 0.1).trust(10.0) == pytest.approx(0.5)
-    assert Spread(0.1, 0.1).trust(30.0) == pytest.approx(0.75)
-    assert Spread(0.0, 0.1).trust(1.0) == 1.0
-    assert Spread(0.1, 0.0).trust(100.0) == 0.0
+def test_what_a_beginning_says_follows_from_how_far_hosts_lie_apart() -> None:
+    two = Spread(0.1, (0.0, float(np.log(2.0))), (0.5, 0.5))
+    assert two.expected(None, 10.0) == pytest.approx(1.5)
+    assert two.expected(2.0, 10.0) == pytest.approx(2.0)
+    # Half way in between nothing is learnt; nor if waves are so large that a beginning means nothing.
+    assert two.expected(2.0**0.5, 10.0) == pytest.approx(1.5)
+    assert replace(two, windows=1e3).expected(2.0, 10.0) == pytest.approx(1.5, abs=1e-3)
+    assert replace(two, windows=0.0).expected(1.9, 10.0) == pytest.approx(2.0)
+    # The longer it is known, the more it says.
+    assert [round(two.expected(1.6, seconds), 2) for seconds in (0.1, 1.0, 100.0)] == [1.52, 1.7, 2.0]
+    assert two.lasting(10.0) == pytest.approx(np.log(2.0) ** 2 / 4 / (np.log(2.0) ** 2 / 4 + 0.01))
+    assert [two.quantile(share, None, 0.0) for share in (0.25, 0.75, 1.0)] == pytest.approx([1.0, 2.0, 2.0])
+    assert two.quantile(0.01, 2.0, 10.0) == pytest.approx(2.0)
+
+
+def test_runs_are_like_those_reported_or_unlike_all() -> None:
     waves = Spread.of([HostSpeed.of(PROFILE.predictor, logged(([0.8] * 10 + [1.25] * 10) * 2)) for _ in range(3)])
     # Levels of 0.8 and 1.25 by turns: half of log(1.25 / 0.8) from their mean, one degree of freedom gone of four.
     assert waves.windows == pytest.approx(np.log(1.25 / 0.8) / 2 * (4 / 3) ** 0.5, rel=0.05)
-    assert Spread.of([steady(1.0)] * 3).windows == pytest.approx(0.0, abs=1e-9)
+    known = Spread.of([steady(1.0)] * 3)
+    assert known.windows == pytest.approx(0.0, abs=1e-9)
+    assert sum(known.shares) == pytest.approx(1.0)
+    assert list(known.levels) == sorted(known.levels)
+    assert known.quantile(0.5, None, 0.0) == pytest.approx(1.0, abs=0.03)
+    slow = replace(known, windows=0.12)
+    far = max(RUN_LAUNCH_MS) / float(np.median(RUN_LAUNCH_MS))
+    # Near the middle little of a beginning is believed, of one like the slowest run most.
+    assert abs(slow.expected(1.05, 10.0) - 1.0) < 0.03
+    assert 0.6 < (slow.expected(far, 10.0) - 1.0) / (far - 1.0) < 1.0
 
 
 def test_draws_are_repeatable_and_differ_by_seed() -> None:
     wavy = [HostSpeed.of(PROFILE.predictor, logged([1.0 + (i // 4) % 3 for i in range(40)])) for _ in range(2)]
-    outlook = HostOutlook(tuple(wavy), Spread(0.1, 0.1))
+    outlook = HostOutlook(tuple(wavy), Spread(0.1))
 
     def drawn(seed: int) -> list[float]:
         host = HostDraw(outlook, seed, 4)
@@ -98,9 +119,9 @@ def test_draws_are_repeatable_and_differ_by_seed() -> None:
     assert drawn(1) != drawn(2)
 
 
-def test_a_known_beginning_is_played_and_then_believed_as_far_as_it_is_trusted() -> None:
-    def mean_after(spread: Spread) -> float:
-        ratios = []
+def test_a_known_beginning_is_played_and_then_believed_as_far_as_it_is_likely_to_last() -> None:
+    def mean_after(windows: float) -> float:
+        ratios, spread = [], Spread(windows, (0.0, float(np.log(3.0))), (0.5, 0.5))
         for seed in range(40):
             host = HostDraw(HostOutlook((steady(1.0),), spread, steady(3.0, 10.0), 10.0), seed, 40)
             assert host.ratio(launched=True) == 3.0
@@ -111,21 +132,20 @@ def test_a_known_beginning_is_played_and_then_believed_as_far_as_it_is_trusted()
                 ratios.append(host.ratio(launched=True))
         return float(np.mean(ratios))
 
-    assert mean_after(Spread(0.1, 0.0)) == pytest.approx(1.0)
-    assert mean_after(Spread(0.0, 1e-9)) == pytest.approx(3.0)
-    assert mean_after(Spread(0.1, 0.1)) == pytest.approx(2.0, abs=0.2)
-    alone = HostDraw(HostOutlook((), Spread(0.0, 0.0), steady(3.0, 10.0), 10.0))
+    assert mean_after(0.1) == pytest.approx(3.0)
+    assert mean_after(1e3) == pytest.approx(2.0, abs=0.2)
+    alone = HostDraw(HostOutlook((), Spread(0.0), steady(3.0, 10.0), 10.0))
     alone.passed(100.0)
     assert alone.ratio(launched=True) == 3.0
 
 
 def test_runs_as_a_whole_lie_apart_by_quantiles() -> None:
-    levels = [
-        HostDraw(HostOutlook((steady(1.0),), Spread(0.1, 0.2)), seed, 9).ratio(launched=True) for seed in range(9)
-    ]
+    spread = Spread(0.1, tuple(np.log([0.8, 1.0, 1.2]).tolist()), (0.25, 0.5, 0.25))
+    levels = [HostDraw(HostOutlook((steady(1.0),), spread), seed, 9).ratio(launched=True) for seed in range(9)]
     assert levels == sorted(levels)
     assert levels[4] == pytest.approx(1.0)
-    assert float(np.std(np.log(levels))) == pytest.approx(0.2, rel=0.2)
+    assert levels[0] == pytest.approx(0.8)
+    assert levels[-1] == pytest.approx(1.2)
 
 
 def test_a_live_run_scales_the_grid_s_host_and_tells_what_follows_prompts() -> None:
@@ -174,7 +194,7 @@ def test_a_steady_host_is_the_plain_replay_and_a_slow_one_takes_longer() -> None
     config = EngineConfig(max_loras=8, max_cpu_loras=64, enable_prefix_caching=False)
     plain = replayed(trace, PROFILE, config, 2000, 16)
     tables = {
-        ratio: replayed(trace, PROFILE, config, 2000, 16, HostDraw(HostOutlook((steady(ratio),), Spread(0.0, 0.0))))
+        ratio: replayed(trace, PROFILE, config, 2000, 16, HostDraw(HostOutlook((steady(ratio),), Spread(0.0))))
         for ratio in (1.0, 2.0)
     }
     pd.testing.assert_frame_equal(tables[1.0].requests, plain.requests)
@@ -185,6 +205,6 @@ def test_a_steady_host_is_the_plain_replay_and_a_slow_one_takes_longer() -> None
 
 def test_a_host_that_is_drawn_goes_step_by_step() -> None:
     config = EngineConfig(max_loras=8)
-    host = HostDraw(HostOutlook((steady(1.0),), Spread(0.0, 0.0)))
+    host = HostDraw(HostOutlook((steady(1.0),), Spread(0.0)))
     backend = ScatteredReplay(PROFILE, load_geometry("llama-3.1-8b"), limits_of(config), 100, host)
     assert not supports(config, backend)
