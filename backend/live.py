@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from backend.base import NO_SLOT, AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
 from backend.decoder import Decoder, DeviceInputs
 from backend.errors import BackendError
 from backend.host_store import HostStore
-from backend.step_inputs import DECODE_TILE, Padding, StepInputs, lay_out
+from backend.step_inputs import DECODE_TILE, IntArray, Padding, StepInputs, lay_out
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
@@ -85,6 +84,7 @@ class LiveBackend:
         size = 16 * limits.max_num_batched_tokens + 4096
         self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
         self._packed = torch.zeros_like(self._host_packed, device=self.device)
+        self._rooms: OrderedDict[tuple[object, ...], tuple[list[IntArray], DeviceInputs]] = OrderedDict()
         self._graphs: OrderedDict[Padding, torch.cuda.CUDAGraph] = OrderedDict()
         self._warm: set[tuple[bool, bool, bool]] = set()
 
@@ -133,8 +133,10 @@ class LiveBackend:
         """Write the batch's block tables, as the step before would have."""
         tables, held = self._host_tables.numpy(), self._held_tables
         for row, blocks in enumerate(batch.block_tables):
-            # A request that went on has the blocks it had, and now and then one more.
-            start = len(held[row]) if blocks[: len(held[row])] == held[row] else 0
+            before = held[row]
+            if blocks == before:  # as nearly all are: a request that went on has the blocks it had
+                continue
+            start = len(before) if blocks[: len(before)] == before else 0  # and now and then one more
             if start < len(blocks):
                 tables[row, start : len(blocks)] = blocks[start:]
             held[row] = blocks
@@ -154,11 +156,27 @@ class LiveBackend:
         return Padding.of(batch, size, self.decoder.long_tile, self._short_tile)
 
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
-        flat = np.concatenate([a.reshape(-1) for a in inputs.arrays()])
-        if len(flat) > len(self._packed):
+        arrays = inputs.arrays()
+        shapes = (inputs.adapted, *(array.shape for array in arrays))
+        room = self._rooms.get(shapes)
+        if room is None:
+            room = self._room(inputs)
+            self._rooms[shapes] = room
+            if len(self._rooms) > MAX_GRAPHS:
+                self._rooms.popitem(last=False)
+        for cells, array in zip(room[0], arrays, strict=True):
+            cells[...] = array
+        return room[1]
+
+    def _room(self, inputs: StepInputs) -> tuple[list[IntArray], DeviceInputs]:
+        """Where steps of these shapes lie in host memory, and on the device: making the views takes longer than filling them."""
+        cells, start = [], 0
+        if sum(array.size for array in inputs.arrays()) > len(self._packed):
             raise BackendError(f"a step of {inputs.rows} rows is more than max_num_batched_tokens allows")
-        self._host_packed.numpy()[: len(flat)] = flat
-        return DeviceInputs.views(inputs, self._packed)
+        for array in inputs.arrays():
+            cells.append(self._host_packed.numpy()[start : start + array.size].reshape(array.shape))
+            start += array.size
+        return cells, DeviceInputs.views(inputs, self._packed)
 
     def _upload(self, rows: int, requests: int, blocks: int) -> None:
         self._packed[:rows].copy_(self._host_packed[:rows], non_blocking=True)

@@ -1,4 +1,4 @@
-"""A step laid out for the device: the short way of pure decodes, padding, and block tables kept from step to step."""
+"""A step laid out for the device: the short way of pure decodes, padding, and what is kept from step to step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from backend.base import EngineLimits, StepBatch
 from backend.geometry import load_geometry
 from backend.live import LiveBackend
-from backend.step_inputs import Padding, lay_out, lay_out_any, power_of_two
+from backend.step_inputs import Padding, StepInputs, lay_out, lay_out_any, power_of_two
 
 SIZE, TILE = 16, 32
 
@@ -73,6 +73,19 @@ def test_block_tables_are_right_whatever_the_rows_held(worlds: list[list[list[in
         backend.layout(StepBatch((1,) * count, context, (-1,) * count, (True,) * count, blocks))
         for row, expected in enumerate(blocks):
             assert tuple(backend._host_tables[row, : len(expected)].tolist()) == expected
+
+
+@given(st.lists(steps(longest=4), min_size=1, max_size=6))
+def test_the_device_sees_every_step_as_it_was_laid_out(batches: list[StepBatch]) -> None:
+    """Steps of shapes that were seen before and of new ones, one after the other in the same memory."""
+    backend = world()
+    for batch in (*batches, *batches):
+        inputs = lay_out(batch, as_array(batch), SIZE, TILE)
+        seen = backend._pack(inputs)
+        backend._upload(seen.cells, 0, 0)
+        assert seen.adapted == inputs.adapted
+        for name, array in zip(StepInputs.__slots__, inputs.arrays(), strict=True):
+            assert getattr(seen, name).tolist() == array.tolist()
 
 
 _worlds: list[LiveBackend] = []
