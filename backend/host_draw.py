@@ -41,9 +41,9 @@ class HostDraw:
     def __init__(self, outlook: HostOutlook, seed: int = 0, seeds: int = 1) -> None:
         self._outlook = outlook
         self._rng = np.random.default_rng(seed)
-        began = outlook.began
-        self._run = outlook.spread.quantile((seed + 0.5) / seeds, began, outlook.own_s)
-        self._like_own = 0.0 if began is None else outlook.spread.lasting(outlook.own_s)
+        self._began = outlook.began
+        self._run = outlook.spread.quantile((seed + 0.5) / seeds, self._began, outlook.own_s)
+        self._like_own = 0.0 if self._began is None else outlook.spread.lasting(outlook.own_s)
         self._level, self._record, self._around_s = 1.0, outlook.own, outlook.own_s
         self._at_s, self._until_s = 0.0, outlook.own_s
 
@@ -63,7 +63,7 @@ class HostDraw:
         known, rng = self._outlook, self._rng
         if known.own is not None and (not known.others or rng.random() < self._like_own):
             self._record, self._around_s = known.own, known.own_s
-            self._level = self._run / (known.began or 1.0) if known.others else 1.0
+            self._level = self._run / (self._began or 1.0) if known.others else 1.0
         elif known.others:
             self._record = known.others[int(rng.integers(len(known.others)))]
             self._around_s, self._level = self._record.end_s, self._run

@@ -170,12 +170,10 @@ class LiveBackend:
 
     def _room(self, inputs: StepInputs) -> tuple[list[IntArray], DeviceInputs]:
         """Where steps of these shapes lie in host memory, and on the device: making the views takes longer than filling them."""
-        cells, start = [], 0
         if sum(array.size for array in inputs.arrays()) > len(self._packed):
             raise BackendError(f"a step of {inputs.rows} rows is more than max_num_batched_tokens allows")
-        for array in inputs.arrays():
-            cells.append(self._host_packed.numpy()[start : start + array.size].reshape(array.shape))
-            start += array.size
+        host = DeviceInputs.views(inputs, self._host_packed)
+        cells = [getattr(host, name).numpy() for name in StepInputs.__slots__]
         return cells, DeviceInputs.views(inputs, self._packed)
 
     def _upload(self, rows: int, requests: int, blocks: int) -> None:

@@ -45,13 +45,13 @@ def measuring_limits(device: str) -> EngineLimits:
 
 def device_bytes(device: str) -> int:
     """Memory of the device; the CPU counts as one with 2 GiB, enough for its small geometry. Raises `BackendError`."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device cuda: torch sees no CUDA device here")
+    _check(device)
     return int(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 2 << 30
 
 
 def describe_device(device: str) -> dict[str, object]:
-    """What was measured: GPU or CPU, driver, versions, date."""
+    """What was measured: GPU or CPU, driver, versions, date. Raises `BackendError` where torch sees no such device."""
+    _check(device)
     facts: dict[str, object] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "torch": torch.__version__,
@@ -65,6 +65,11 @@ def describe_device(device: str) -> dict[str, object]:
     else:
         facts["gpu"] = f"none ({platform.machine()} CPU, {torch.get_num_threads()} threads)"
     return facts
+
+
+def _check(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device cuda: torch sees no CUDA device here")
 
 
 def _driver() -> str:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from backend.errors import BackendError
 from backend.measure import describe_device
 from backend.profile import load_profile
+from sim.errors import ScenarioError
 from sim.run import RunResult, run_scenario
 
 KEYS = (
@@ -102,15 +105,20 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     return report
 
 
-def main() -> None:
-    """Run each scenario both ways."""
+def main() -> int:
+    """Run each scenario both ways; the exit code."""
     args = parser().parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = args.keep or Path(scratch)
-        report = _again(args, folder) if args.again else _executed(args, folder)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = args.keep or Path(scratch)
+            report = _again(args, folder) if args.again else _executed(args, folder)
+    except (BackendError, ScenarioError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.out:
         args.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

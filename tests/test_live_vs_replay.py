@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import live_vs_replay
+from sim import cli
 from sim.run import run_scenario
 
 
@@ -37,3 +39,17 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
         row = found["demo-azure"][key]
         assert (row["live"], row["replay"]) == (10.0, alone[key])
         assert row["difference"] == pytest.approx(float(str(alone[key])) / 10 - 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_one_sentence_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["live_vs_replay", "demo-azure", "--profile", "h100-llama-3.1-8b"])
+    measuring = ["measure", "--geometry", "llama-3.1-8b", "--device", "cuda", "--out", str(tmp_path / "gpu")]
+    for command in (live_vs_replay.main, lambda: cli.main(measuring)):
+        assert command() == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "device cuda: torch sees no CUDA device here" in said
+    assert not list(tmp_path.iterdir())

@@ -58,7 +58,7 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(model: str, ranks: 
                 together = torch.full((rows, len(weight)), float("nan"), device="cuda", dtype=dtype)
                 apart = torch.zeros_like(together)
                 buffers.partials.fill_(float("nan"))
-                cuda_kernels.shrink(x, bank, linear, segments)
+                cuda_kernels.shrink(x, bank, linear, segments, late=False)
                 base_linear.linear(x, weight, together, (bank, linear, segments))
                 plan = base_linear._plan(x, linear.out_features, (bank, linear, segments))
                 assert plan is not None

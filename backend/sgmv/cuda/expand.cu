@@ -102,7 +102,6 @@ static __device__ __forceinline__ void run_expand_long(const Expand& p) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
     uint4* h = (uint4*)(memory + 2 * p.h_rank * B_ROW) + warp * (p.h_rank / 16) * 2 * 32;
     const int tiles = p.header[0];
-    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 rows a pass of 128 threads copies
     let_next_start();
     bool waited = false;
     ExpandItem now;
@@ -113,11 +112,7 @@ static __device__ __forceinline__ void run_expand_long(const Expand& p) {
         const int first = now.group * columns, end = min(width, first + columns);
         const u16* b = now.b(p);
         auto fetch = [&](int column, int stage) {
-            if (column < end)
-                for (int r = line; r < (tile.w + 15) / 16 * 16; r += 8)
-                    copy_async(memory + (stage * p.h_rank + r) * B_ROW + chunk * 8,
-                               b + (long long)r * width + column + chunk * 8, r < tile.w && column + chunk * 8 < width);
-            commit_copies();
+            copy_b(memory + stage * p.h_rank * B_ROW, b, tile.w, width, column, end);
         };
         fetch(first, 0);
         Target<2> target;

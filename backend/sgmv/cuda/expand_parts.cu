@@ -164,6 +164,16 @@ static __device__ __forceinline__ void clear(float (&c)[8][NT][4]) {
 
 #define B_ROW (128 + 8)  // columns of B in shared memory; as A_ROW
 
+// 128 columns of B from `column` on, for a block of 128 threads: [whole blocks of 16 ranks][B_ROW], zeros outside; none past `end`.
+static __device__ __forceinline__ void copy_b(u16* to, const u16* b, int rank, int width, int column, int end) {
+    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 rows that a pass copies
+    if (column < end)
+        for (int r = line; r < (rank + 15) / 16 * 16; r += 8)
+            copy_async(to + r * B_ROW + chunk * 8, b + (long long)r * width + column + chunk * 8,
+                       r < rank && column + chunk * 8 < width);
+    commit_copies();
+}
+
 // Rank rows 2q, 2q+1, 2q+8, 2q+9 of a block and columns 8g.., 64 + 8g.. of 128: what a lane's mma fragments hold.
 static __device__ __forceinline__ void read_b(uint4 (&b)[8], const u16* block, int g, int q) {
 #pragma unroll

@@ -24,7 +24,6 @@ static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
     const int each = (p.h_rank / 16) * 2 * 32;
     uint4* h = (uint4*)(memory + 2 * p.h_rank * B_ROW) + warp * 2 * each;
     const int tiles = p.header[0], width = p.width[0], shift = p.begin[1] - p.begin[0];
-    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 rows a pass of 128 threads copies
     let_next_start();
     bool waited = false;
     ExpandItem now;
@@ -34,11 +33,7 @@ static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
         const int columns = p.long_run * 128, first = now.group * columns, end = min(width, first + columns);
         auto fetch = [&](int column, int slice) {
             const u16* b = p.weights + tile.x * p.slot_stride + tile.w * p.b_unit[slice];
-            if (column < end)
-                for (int r = line; r < (tile.w + 15) / 16 * 16; r += 8)
-                    copy_async(memory + (slice * p.h_rank + r) * B_ROW + chunk * 8,
-                               b + (long long)r * width + column + chunk * 8, r < tile.w && column + chunk * 8 < width);
-            commit_copies();
+            copy_b(memory + slice * p.h_rank * B_ROW, b, tile.w, width, column, end);
         };
         fetch(first, 0);
         Target<2> target;
