@@ -176,30 +176,30 @@ class LiveBackend:
         cells = [getattr(host, name).numpy() for name in StepInputs.__slots__]
         return cells, DeviceInputs.views(inputs, self._packed)
 
-    def _upload(self, rows: int, requests: int, blocks: int) -> None:
-        self._packed[:rows].copy_(self._host_packed[:rows], non_blocking=True)
-        self._tables[:requests, :blocks].copy_(self._host_tables[:requests, :blocks], non_blocking=True)
+    def _upload(self, cells: int, requests: int) -> None:
+        self._packed[:cells].copy_(self._host_packed[:cells], non_blocking=True)
+        # Whole rows, though a few blocks are in use: torch takes parts of rows by way of pageable memory and a kernel.
+        self._tables[:requests].copy_(self._host_tables[:requests], non_blocking=True)
 
     def again(self, batch: StepBatch) -> StepInputs:
         """Compute a step that was executed once more, outside of all counts and times; returns its layout."""
         inputs = self.layout(batch)
         device_inputs = self._pack(inputs)
-        self._upload(device_inputs.cells, len(batch.block_tables), max(len(t) for t in batch.block_tables))
+        self._upload(device_inputs.cells, len(batch.block_tables))
         self.decoder.forward(device_inputs, self._tables)
         self._synchronize()
         return inputs
 
     def _timed_forward(self, inputs: DeviceInputs, batch: StepBatch, padding: Padding | None) -> float:
-        used = inputs.cells
-        blocks = max(len(t) for t in batch.block_tables)
+        cells, requests = inputs.cells, len(batch.block_tables)
         if not self.on_cuda:
             started = time.perf_counter()
-            self._upload(used, len(batch.block_tables), blocks)
+            self._upload(cells, requests)
             self.decoder.forward(inputs, self._tables)
             return time.perf_counter() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
-        self._upload(used, len(batch.block_tables), blocks)
+        self._upload(cells, requests)
         if padding is None:
             self.decoder.forward(inputs, self._tables)
         else:

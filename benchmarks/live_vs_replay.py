@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from backend.errors import BackendError
 from backend.measure import describe_device
 from backend.profile import load_profile
@@ -64,6 +66,37 @@ def show(name: str, live: Mapping[str, object], replay: Mapping[str, object]) ->
     return rows
 
 
+KINDS = (
+    ("decodes, up to 8", 0, 0, 8),
+    ("decodes, 9 to 32", 0, 9, 32),
+    ("decodes, more", 0, 33, None),
+    ("with prompts, up to 256 tokens", 1, 1, 256),
+    ("with prompts, 257 to 1024 tokens", 1, 257, 1024),
+    ("with prompts, more", 1, 1025, None),
+)
+"""Kinds of steps: name, whether prompts are among them, least and most tokens. Those above 1 024 are in no CUDA graph."""
+
+
+def _kind(steps: pd.DataFrame, prompts: int, least: int, most: int | None) -> pd.DataFrame:
+    tokens = steps["tokens"]
+    inside = (tokens >= least) & (tokens <= (tokens.max() if most is None else most))
+    return steps[((steps["prefill_tokens"] > 0) == bool(prompts)) & inside & (tokens > 0)]
+
+
+def by_kind(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, object]]:
+    """How long steps of each kind take, live and replayed, and how many tokens they have: where the two part."""
+    found: list[dict[str, object]] = []
+    for name, *which in KINDS:
+        row: dict[str, object] = {"kind": name}
+        for side, steps in (("live", live), ("replay", replay)):
+            mine = _kind(steps, *which)
+            row |= {f"{side}_steps": len(mine), f"{side}_tokens": float(mine["tokens"].mean())}
+            row |= {f"{side}_{part}_ms": float(mine[f"{part}_s"].mean() * 1e3) for part in ("device", "host", "load")}
+        if row["live_steps"] and row["replay_steps"]:
+            found.append(row)
+    return found
+
+
 def measured_when(profile: str) -> dict[str, object]:
     """What tells one measurement of a profile from another."""
     meta = load_profile(profile).meta
@@ -88,8 +121,11 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         live = run_scenario(name, backend=args.backend, duration_s=args.duration_s, out=out)
         wall_s = time.perf_counter() - started
         assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
-        shown = show(name, live.summary, _replay(name, args, folder).summary)
-        report[Path(name).stem] = {"live_wall_s": wall_s, **shown}
+        replay = _replay(name, args, folder)
+        shown = show(name, live.summary, replay.summary)
+        kinds = by_kind(live.tables.steps, replay.tables.steps)
+        print(pd.DataFrame(kinds).round(3).to_string(index=False))
+        report[Path(name).stem] = {"live_wall_s": wall_s, **shown, "by_kind": kinds}
     return report
 
 

@@ -2,9 +2,10 @@
 
 Writes FILE.csv (decode steps: requests B, distinct adapters D; `host_ms` is the part that the GPU does not see, `floor_ms`
 reading weights, adapters and KV once at the copy bandwidth measured in this run), FILE_prefill.csv (steps of prompts, with
-the share of the measured dense rate), FILE_loads.csv (adapters, host to slot) and FILE.json (GPU, versions, date,
+the share of the measured dense rate), FILE_loads.csv (adapters, host to slot), FILE_kernels.csv (GPU time of steps by
+kernel, from torch's profiler) and FILE.json (GPU, versions, date,
 bandwidth, dense rate). `--vllm DIR` prints the comparison with
-`decode_grid.csv` and `prefill.csv` of that folder; with `--only compare` nothing is measured.
+`decode_grid.csv` and `prefill.csv` of that folder, `--profile NAME` with what a profile says; with `--only compare` nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from typing import Any
 
 import pandas as pd
 
+from backend.base import EngineLimits
 from backend.errors import BackendError
-from benchmarks.step_tables import compare_decode, compare_prefill
+from backend.geometry import load_geometry
+from benchmarks.step_kernels import kernels, show_kernels
+from benchmarks.step_tables import compare_decode, compare_prefill, compare_profile
 
-PARTS = ("decode", "prefill", "loads", "compare")
+PARTS = ("decode", "prefill", "loads", "kernels", "compare")
 RANK = 16
+LIMITS = EngineLimits(32, RANK, 256, 8192, 16384, 16, 0.9)
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 ADAPTERS = (0, 1, 2, 4, 8, 16, 32)
 PROMPTS = ((128, 1), (256, 1), (512, 1), (512, 4), (1024, 1), (2048, 1), (2048, 4), (4096, 1), (8192, 1), (8192, 4))
@@ -35,8 +40,7 @@ class Bench:
     def __init__(self, geometry: str) -> None:
         import torch
 
-        from backend.base import AdapterShape, EngineLimits
-        from backend.geometry import load_geometry
+        from backend.base import AdapterShape
         from backend.live import LiveBackend
         from backend.measure import ALL_MODULES, device_bytes
         from backend.memory import memory_plan
@@ -45,7 +49,7 @@ class Bench:
             raise BackendError("benchmarks.step: torch sees no CUDA device here")
         self.bandwidth, self.dense = _copy_bytes_per_s(), _dense_flops_per_s()
         self.geometry = load_geometry(geometry)
-        self.limits = EngineLimits(32, RANK, 256, 8192, 16384, 16, 0.9)
+        self.limits = LIMITS
         blocks = memory_plan(self.geometry, self.limits, device_bytes("cuda")).num_gpu_blocks
         self.backend = LiveBackend(self.geometry, self.limits, blocks, device="cuda")
         self.adapters = [AdapterShape(slot + 1, RANK, ALL_MODULES) for slot in range(self.limits.max_loras)]
@@ -178,6 +182,7 @@ def measure(args: argparse.Namespace, parts: list[str]) -> None:
         "decode": decode,
         "prefill": prefill,
         "loads": loads,
+        "kernels": kernels,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
@@ -198,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--out", type=Path, default=Path("step.csv"), help="the CSV file to write; others lie beside it")
     flags.add_argument("--geometry", default="llama-3.1-8b", help="a shipped geometry or a config.json")
     flags.add_argument("--vllm", type=Path, help="folder with vLLM's decode_grid.csv and prefill.csv")
+    flags.add_argument("--profile", help="a shipped profile or a profile folder to hold the steps against")
     flags.add_argument("--only", choices=PARTS, action="append", help="measure this part (repeatable); default: all")
     args = flags.parse_args(argv)
     parts = [p for p in (args.only or PARTS) if p != "compare"]
@@ -209,6 +215,12 @@ def main(argv: list[str] | None = None) -> int:
         prompts = args.out.with_name(f"{args.out.stem}_prefill.csv")
         if args.vllm and prompts.is_file():
             compare_prefill(pd.read_csv(prompts), args.vllm)
+        if args.profile:
+            tables = pd.read_csv(args.out), pd.read_csv(prompts)
+            compare_profile(*tables, args.profile, load_geometry(args.geometry), LIMITS, RANK)
+        traced = args.out.with_name(f"{args.out.stem}_kernels.csv")
+        if traced.is_file():
+            show_kernels(pd.read_csv(traced))
     except (BackendError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from backend.base import AdapterShape, EngineLimits, StepBatch
+from backend.geometry import ModelGeometry
+from backend.measure import ALL_MODULES
+from backend.profile import load_profile
+from backend.replay import ReplayBackend
 
 
 def _geomean(values: pd.Series[float]) -> float:
@@ -51,3 +58,35 @@ def compare_prefill(ours: pd.DataFrame, vllm: Path) -> pd.DataFrame:
     both["lora_share"] = both["device_ms"] / both["device_ms"].groupby(["tokens", "prompts"]).transform("first") - 1
     print(both.round(3).to_string())
     return both
+
+
+def _predictor(profile: str, geometry: ModelGeometry, limits: EngineLimits, rank: int) -> Callable[..., float]:
+    """Milliseconds that the profile says of a step of (tokens, context) requests over so many adapters in turn."""
+    replay = ReplayBackend(load_profile(profile), geometry, limits, 0)
+    for slot in range(limits.max_loras):
+        replay.load(AdapterShape(slot + 1, rank, ALL_MODULES), slot)
+
+    def predict(query: list[int], context: int, adapters: int) -> float:
+        count = len(query)
+        slots = tuple(i % adapters if adapters else -1 for i in range(count))
+        step = StepBatch(tuple(query), (context,) * count, slots, (True,) * count, ())
+        return replay.execute(step).elapsed_s * 1e3
+
+    return predict
+
+
+def compare_profile(
+    decodes: pd.DataFrame, prompts: pd.DataFrame, profile: str, geometry: ModelGeometry, limits: EngineLimits, rank: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Print steps that were repeated, as these are, over what a profile says of them, whose steps came in random order."""
+    predict = _predictor(profile, geometry, limits, rank)
+    grid = decodes[decodes["context"] == 490].copy()
+    cells = zip(grid["B"], grid["D"], strict=True)
+    grid["over_profile"] = grid["median_ms"] / [predict([1] * size, 506, adapters) for size, adapters in cells]
+    table = grid.pivot_table(index="B", columns="D", values="over_profile")
+    print(f"milliseconds over what {profile} says, decodes by requests and adapters:\n{table.round(3).to_string()}")
+    prompts = prompts.copy()
+    steps = zip(prompts["tokens"], prompts["prompts"], prompts["D"], strict=True)
+    prompts["over_profile"] = prompts["median_ms"] / [predict([t // n] * n, 0, d) for t, n, d in steps]
+    print(prompts[["tokens", "prompts", "D", "median_ms", "over_profile"]].round(3).to_string(index=False))
+    return table, prompts

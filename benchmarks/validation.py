@@ -148,6 +148,8 @@ def live_against_replay(file: Path) -> str:
     for name in [key for key, value in data.items() if isinstance(value, dict) and "completed" in value]:
         rows = [{"metric": key, **value} for key, value in data[name].items() if isinstance(value, dict)]
         parts += [f"{name}:\n", markdown(pd.DataFrame(rows).astype({"live": float, "replay": float}), ("difference",)) + "\n"]  # fmt: skip
+        if kinds := data[name].get("by_kind"):
+            parts.append(f"Mean milliseconds of a step's parts, by its kind:\n\n{markdown(pd.DataFrame(kinds), ())}\n")
     return "\n".join(parts)
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -39,6 +40,26 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
         row = found["demo-azure"][key]
         assert (row["live"], row["replay"]) == (10.0, alone[key])
         assert row["difference"] == pytest.approx(float(str(alone[key])) / 10 - 1)
+
+
+def test_steps_of_a_kind_are_held_against_each_other() -> None:
+    def steps(slower: float) -> pd.DataFrame:
+        rows = [
+            (4, 0, 0.01, 0.0),
+            (4, 0, 0.02, 0.001),
+            (40, 0, 0.03, 0.0),
+            (1500, 1496, 0.1 * slower, 0.02),
+            (0, 0, 0.0, 0.5),
+        ]
+        table = pd.DataFrame(rows, columns=["tokens", "prefill_tokens", "device_s", "load_s"])
+        return table.assign(host_s=0.0005)
+
+    few, many, prompts = live_vs_replay.by_kind(steps(1.0), steps(0.5))
+    assert (few["kind"], few["live_steps"], few["live_load_ms"]) == ("decodes, up to 8", 2, pytest.approx(0.5))
+    assert few["live_device_ms"] == few["replay_device_ms"] == pytest.approx(15.0)
+    assert (many["kind"], many["replay_tokens"]) == ("decodes, more", 40.0)
+    assert prompts["kind"] == "with prompts, more"
+    assert prompts["replay_device_ms"] == pytest.approx(0.5 * float(str(prompts["live_device_ms"])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

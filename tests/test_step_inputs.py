@@ -65,7 +65,7 @@ def test_padding_is_known_before_the_layout(batch: StepBatch, size: int) -> None
 )
 def test_block_tables_are_right_whatever_the_rows_held(worlds: list[list[list[int]]]) -> None:
     backend = world()
-    backend._held_tables = [()] * 4
+    backend._held_tables = [()] * 12
     for tables in worlds:
         count = len(tables)
         context = tuple(len(blocks) * SIZE - 1 for blocks in tables)
@@ -82,7 +82,10 @@ def test_the_device_sees_every_step_as_it_was_laid_out(batches: list[StepBatch])
     for batch in (*batches, *batches):
         inputs = lay_out(batch, as_array(batch), SIZE, TILE)
         seen = backend._pack(inputs)
-        backend._upload(seen.cells, 0, 0)
+        backend.hold_tables(batch)
+        backend._upload(seen.cells, len(batch.block_tables))
+        for row, blocks in enumerate(batch.block_tables):
+            assert tuple(backend._tables[row, : len(blocks)].tolist()) == blocks
         assert seen.adapted == inputs.adapted
         for name, array in zip(StepInputs.__slots__, inputs.arrays(), strict=True):
             assert getattr(seen, name).tolist() == array.tolist()
@@ -93,6 +96,6 @@ _worlds: list[LiveBackend] = []
 
 def world() -> LiveBackend:
     if not _worlds:
-        limits = EngineLimits(2, 8, 4, 64, 96, SIZE, 0.9)
+        limits = EngineLimits(2, 8, 12, 64, 96, SIZE, 0.9)
         _worlds.append(LiveBackend(load_geometry("tiny"), limits, 16, device="cpu"))
     return _worlds[0]

@@ -1,0 +1,54 @@
+"""Kernels that overlap are charged what they move the end by, and each belongs to one part of the step."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from backend.geometry import load_geometry
+from benchmarks.step import LIMITS, RANK
+from benchmarks.step_kernels import charged, part_of, show_kernels
+from benchmarks.step_tables import compare_profile
+
+
+def test_overlapping_kernels_add_up_to_the_step() -> None:
+    events = [("b", 8.0, 15.0), ("a", 0.0, 10.0), ("c", 9.0, 12.0), ("d", 20.0, 21.0)]
+    moved = charged(events)
+    assert moved == [("a", 10.0), ("b", 5.0), ("c", 0.0), ("d", 6.0)]
+    assert sum(us for _, us in moved) == 21.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("shrink_short_1", "shrink"),
+        ("expand_long_swiglu", "expand"),
+        ("linear_wide_64_2", "base products"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "base products"),
+        ("_attention", "attention"),
+        ("_silu_mul", "norm and SwiGLU"),
+        ("segment_map", "start of the graph"),
+        ("Memcpy HtoD (Pinned -> Device)", "other"),
+    ],
+)
+def test_a_kernel_belongs_to_a_part(kernel: str, part: str) -> None:
+    assert part_of(kernel) == part
+
+
+def test_what_adapters_add_is_printed_beside_none(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(4, 0, 0, "nvjet", 4, 900.0), (4, 0, 1, "nvjet", 4, 910.0)]
+    rows.append((4, 0, 1, "shrink_short_1", 4, 40.0))
+    columns = ["B", "prompt_tokens", "D", "kernel", "launches", "us"]
+    show_kernels(pd.DataFrame(rows, columns=columns))
+    added = capsys.readouterr().out.split("what adapters add:")[1]
+    assert "0.01" in added and "0.04" in added and "0.05" in added
+
+
+def test_repeated_steps_are_held_against_a_profile() -> None:
+    decodes = pd.DataFrame({"B": [4, 4], "D": [0, 1], "context": [490, 490], "median_ms": [6.0, 9.0]})
+    prompts = pd.DataFrame({"tokens": [512, 512], "prompts": [1, 1], "D": [0, 1], "median_ms": [10.0, 20.0]})
+    table, rows = compare_profile(decodes, prompts, "h100-llama-3.1-8b", load_geometry("llama-3.1-8b"), LIMITS, RANK)
+    none, one = table.loc[4]
+    assert 1.2 < one / none < 1.5  # 1.5 times as long, by a profile in which an adapter takes some of it
+    assert 0.5 < none < 1.5
+    assert rows["over_profile"].iloc[1] > 1.5 * rows["over_profile"].iloc[0]
