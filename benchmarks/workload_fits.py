@@ -52,7 +52,7 @@ def rows(path: Path, name: str, root: Path) -> pd.DataFrame:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the fits of all traces; 2 if there is none."""
+    """Print the fits of all traces; 2 if there is none, or one that cannot be read."""
     flags = argparse.ArgumentParser(prog="python -m benchmarks.workload_fits", description=__doc__)
     flags.add_argument("--data", type=Path, required=True, help="folder with traces")
     flags.add_argument("--out", type=Path, help="write the rows there as CSV")
@@ -61,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print(f"workload_fits: --data {args.data}: no trace of a known format in it", file=sys.stderr)
         return 2
-    table = pd.concat([rows(path, name, args.data) for path, name in found])
+    try:
+        table = pd.concat([rows(path, name, args.data) for path, name in found])
+    except WorkloadError as error:
+        print(f"workload_fits: {error}", file=sys.stderr)
+        return 2
     if args.out is not None:
         table.to_csv(args.out, index=False, float_format="%.6g", lineterminator="\n")
         print(f"written: {args.out}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import workload_fits
 from sim.cli import main
 from workloads import fitting, locality, popularity, reuse
 from workloads.build import build_workload
@@ -145,3 +146,17 @@ def test_bad_input_is_refused(
     assert main(["workload", *argv]) == 2
     assert says in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_trace_that_cannot_be_read_ends_the_table_of_all_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:50.99,396,x\n"
+    )
+    assert workload_fits.main(["--data", str(tmp_path), "--out", str(tmp_path / "rows.csv")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{trace}:3: GeneratedTokens is 'x'" in said
+    assert not (tmp_path / "rows.csv").exists()
