@@ -232,6 +232,7 @@ class LiveBackend:
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
             with torch.cuda.graph(graph, pool=pool):
                 self.decoder.forward(device_inputs, self._tables)
+            graph.replay()  # its first launch also brings it to the GPU, which belongs to capturing
             self._graphs[padding] = graph
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)

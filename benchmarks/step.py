@@ -2,10 +2,10 @@
 
 Writes FILE.csv (decode steps: requests B, distinct adapters D; `host_ms` is the part that the GPU does not see, `floor_ms`
 reading weights, adapters and KV once at the copy bandwidth measured in this run), FILE_prefill.csv (steps of prompts, with
-the share of the measured dense rate), FILE_loads.csv (adapters, host to slot), FILE_kernels.csv (GPU time of steps by
-kernel, from torch's profiler) and FILE.json (GPU, versions, date,
-bandwidth, dense rate). `--vllm DIR` prints the comparison with
-`decode_grid.csv` and `prefill.csv` of that folder, `--profile NAME` with what a profile says; with `--only compare` nothing is measured.
+the share of the measured dense rate), FILE_first.csv (prompts of lengths that were not there before, once and again),
+FILE_loads.csv (adapters, host to slot), FILE_kernels.csv (GPU time of steps by kernel, from torch's profiler) and FILE.json
+(GPU, versions, date, bandwidth, dense rate). `--vllm DIR` prints the comparison with `decode_grid.csv` and `prefill.csv` of that
+folder, `--profile NAME` with what a profile says; with `--only compare` nothing is measured.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from backend.geometry import load_geometry
 from benchmarks.step_kernels import kernels, show_kernels
 from benchmarks.step_tables import compare_decode, compare_prefill, compare_profile
 
-PARTS = ("decode", "prefill", "loads", "kernels", "compare")
+PARTS = ("decode", "prefill", "first", "loads", "kernels", "compare")
 RANK = 16
 LIMITS = EngineLimits(32, RANK, 256, 8192, 16384, 16, 0.9)
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 ADAPTERS = (0, 1, 2, 4, 8, 16, 32)
+FRESH = tuple(range(301, 3000, 97))
+"""Prompt tokens of the part `first`: no other part has steps of so many rows."""
 PROMPTS = ((128, 1), (256, 1), (512, 1), (512, 4), (1024, 1), (2048, 1), (2048, 4), (4096, 1), (8192, 1), (8192, 4))
 
 
@@ -165,6 +167,21 @@ def prefill(bench: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def first(bench: Bench) -> pd.DataFrame:
+    """Steps of one prompt of a length that was not there before: the first time, and the median of five more.
+
+    A served prompt is nearly always of a new length; a profile is made of steps that were there before.
+    """
+    rows = []
+    for tokens in FRESH:
+        step = bench.batch([tokens], [0], 1)
+        t = bench.times([step] * 6, 0)
+        once, later = t.iloc[0], t.iloc[1:].median()
+        row = {"tokens": tokens, "first_ms": once["elapsed"], "again_ms": later["elapsed"]}
+        rows.append(row | {"first_device_ms": once["device"], "again_device_ms": later["device"]})
+    return pd.DataFrame(rows)
+
+
 def loads(bench: Bench) -> pd.DataFrame:
     """Adapters copied from pinned host memory into a slot, one after the other, each waited for."""
     rows = []
@@ -181,6 +198,7 @@ def measure(args: argparse.Namespace, parts: list[str]) -> None:
     tables: dict[str, Callable[[Bench], pd.DataFrame]] = {
         "decode": decode,
         "prefill": prefill,
+        "first": first,
         "loads": loads,
         "kernels": kernels,
     }

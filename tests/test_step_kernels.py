@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from backend.geometry import load_geometry
-from benchmarks.step import LIMITS, RANK
+from benchmarks.step import FRESH, LIMITS, PROMPTS, RANK, first
 from benchmarks.step_kernels import charged, part_of, show_kernels
 from benchmarks.step_tables import compare_profile
 
@@ -52,3 +52,20 @@ def test_repeated_steps_are_held_against_a_profile() -> None:
     assert 1.2 < one / none < 1.5  # 1.5 times as long, by a profile in which an adapter takes some of it
     assert 0.5 < none < 1.5
     assert rows["over_profile"].iloc[1] > 1.5 * rows["over_profile"].iloc[0]
+
+
+def test_prompts_of_new_lengths_are_told_from_repeated_ones() -> None:
+    class Faked:
+        def batch(self, query: list[int], context: list[int], adapters: int) -> int:
+            assert (context, adapters) == ([0], 1)
+            return query[0]
+
+        def times(self, batches: list[int], skipped: int) -> pd.DataFrame:
+            assert skipped == 0
+            elapsed = [float(batches[0]), 1.0, 2.0, 3.0, 4.0, 9.0]
+            return pd.DataFrame({"elapsed": elapsed, "device": [0.5 * ms for ms in elapsed], "host": 0.0})
+
+    table = first(Faked())  # type: ignore[arg-type]
+    assert table["first_ms"].tolist() == table["tokens"].tolist() == list(FRESH)
+    assert set(table["again_ms"]) == {3.0} and set(table["again_device_ms"]) == {1.5}
+    assert not set(FRESH) & {tokens for tokens, _ in PROMPTS}
