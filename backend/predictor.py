@@ -17,10 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.features import DECODES_AT_ONCE, SPLIT_DECODES, StepFeatures
+from backend.profile_values import Values
 
 FloatArray = npt.NDArray[np.float64]
 
 BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "rank_sum", "row_rank")
+
+REGIMES = ("decode", "mixed", "eager")
 
 TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
@@ -184,16 +187,36 @@ class Predictor:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Predictor:
-        """Read what `to_json` wrote. Raises KeyError or TypeError for anything else."""
-        regimes = {name: _regime(regime) for name, regime in data["regimes"].items()}
-        return cls(tuple(data["graph_sizes"]), regimes)
+        """Read what `to_json` wrote. Raises `ValueError` naming the key for anything else."""
+        values = Values(data, "predictor.")
+        sizes, regimes = values.numbers("graph_sizes", rising=True), values.table("regimes")
+        if any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"predictor.graph_sizes is {list(sizes)}, must be whole numbers >= 1")
+        unknown = set(regimes.data) - set(REGIMES)
+        if unknown or REGIMES[-1] not in regimes.data:
+            raise ValueError(
+                f"predictor.regimes has {', '.join(regimes.data)}, must have {REGIMES[-1]}, of {', '.join(REGIMES)}"
+            )
+        return cls(tuple(map(int, sizes)), {name: _regime(regimes.table(name)) for name in regimes.data})
 
 
-def _regime(data: Mapping[str, Any]) -> Regime:
-    lists = {key: tuple(data[key]) for key in ("knots", "lora_knots", "device", "host", "launch")}
+def _regime(values: Values) -> Regime:
+    knots, lora_knots = (
+        values.numbers("knots", least=1, rising=True),
+        values.numbers("lora_knots", least=1, rising=True),
+    )
     # Profiles from before vLLM's grids were terms: nothing was fitted to them.
-    missing = len(lists["knots"]) + len(lists["lora_knots"]) + len(TERMS) - len(lists["device"])
-    lists["device"] += (0.0,) * missing
-    for name in ("host", "launch"):
-        lists[name] += (0.0,) * (HOST_TERMS - len(lists[name]) if lists[name] else 0)
-    return Regime(low=data["low"], high=data["high"], lora_rows=data["lora_rows"], **lists)
+    every = len(knots) + len(lora_knots) + len(TERMS)
+    device = values.numbers("device", least=len(knots) + len(lora_knots), most=every)
+    host, launch = values.numbers("host", least=1, most=HOST_TERMS), values.numbers("launch", most=HOST_TERMS)
+    low, high = ({key: bounds.number(key) for key in BOUNDED} for bounds in (values.table("low"), values.table("high")))
+    return Regime(
+        knots=knots,
+        lora_knots=lora_knots,
+        device=device + (0.0,) * (every - len(device)),
+        host=host + (0.0,) * (HOST_TERMS - len(host)),
+        low=low,
+        high=high,
+        launch=launch + (0.0,) * (HOST_TERMS - len(launch) if launch else 0),
+        lora_rows=values.whole("lora_rows", least=1),
+    )

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
 from backend.predictor import Predictor
+from backend.profile_values import Values
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 2
+FITTED = ("format", "name", "gpu_bytes", "accuracy", "stage", "load", "predictor")
+"""Keys of the file that are no facts about the measurement (`Profile.meta`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +110,29 @@ def load_profile(name_or_path: str) -> Profile:
             f"{where}: profile format must be {FORMAT}; `multilora measure --refit` makes it of older ones"
         )
     try:
+        values = Values(data)
         return Profile(
-            **{k: data.pop(k) for k in ("name", "gpu_bytes", "accuracy")},
-            stage=LoadCurve(**data.pop("stage")),
-            load=LoadCurve(**data.pop("load")),
-            predictor=Predictor.from_json(data.pop("predictor")),
-            meta=data,
+            name=str(data.get("name")),
+            gpu_bytes=values.whole("gpu_bytes", least=1),
+            predictor=Predictor.from_json(values.table("predictor").data),
+            stage=_curve(values.table("stage")),
+            load=_curve(values.table("load")),
+            accuracy=_accuracy(values.table("accuracy")),
+            meta={key: value for key, value in data.items() if key not in FITTED},
         )
-    except (KeyError, TypeError) as error:
-        raise BackendError(f"{where}: not a profile ({error}); measure it again") from error
+    except ValueError as error:
+        raise BackendError(f"{where}: not a profile: {error}; measure it again") from error
+
+
+def _curve(values: Values) -> LoadCurve:
+    return LoadCurve(values.number("latency_s", least=0), values.number("bytes_per_s", above=0))
+
+
+def _accuracy(values: Values) -> dict[str, float]:
+    return {
+        "steps": values.whole("steps", least=0),
+        **{k: values.number(k, least=0) for k in ("mape", "p95", "spread")},
+    }
 
 
 def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object]]:
@@ -124,15 +141,13 @@ def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object]]:
     if not path.is_file():
         raise BackendError(f"{folder}: has no profile.json")
     data = _parsed(path.read_text(), str(path))
-    fitted = ("format", "name", "gpu_bytes", "accuracy", "stage", "load", "predictor")
     try:
-        return (
-            int(data["gpu_bytes"]),
-            data["predictor"]["graph_sizes"],
-            {k: v for k, v in data.items() if k not in fitted},
-        )
-    except (KeyError, TypeError) as error:
-        raise BackendError(f"{path}: not a profile ({error}); measure it again") from error
+        values = Values(data)
+        sizes = values.table("predictor").numbers("graph_sizes", rising=True)
+        meta = {key: value for key, value in data.items() if key not in FITTED}
+        return values.whole("gpu_bytes", least=1), [int(size) for size in sizes], meta
+    except ValueError as error:
+        raise BackendError(f"{path}: not a profile: {error}; measure it again") from error
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
 from sim.errors import ScenarioError
+from sim.flags import whole
 from workloads.errors import WorkloadError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--verify",
-        type=int,
+        type=whole,
         nargs="?",
         const=100,
         metavar="EVERY",
@@ -67,9 +68,9 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     logs.add_argument(
         "--online", type=Path, nargs="+", default=[], metavar="FILE", help="step logs of live runs, for the host's part"
     )
-    logs.add_argument("--online-max-loras", type=int, nargs="+", default=[], help="of each of these runs, or of all")
+    logs.add_argument("--online-max-loras", type=whole, nargs="+", default=[], help="of each of these runs, or of all")
     logs.add_argument("--engine", type=Path, metavar="JSON", help="what ran: gpu, capture_sizes")
-    logs.add_argument("--rank", type=int, help="rank of the adapters in the logs")
+    logs.add_argument("--rank", type=whole, help="rank of the adapters in the logs")
     logs.add_argument("--gpu-memory-gib", type=float, help="memory of the GPU that the logs come from")
     logs.add_argument(
         "--bandwidth-gb-s", type=float, help="its bandwidth, where all logs have one context and one rank"
@@ -80,8 +81,8 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     sweep = verbs.add_parser("sweep", help="run a scenario over a grid of settings; the same command takes it up again")
     sweep.add_argument("scenario", help="a TOML file, or a shipped scenario (demo-servegen, demo-azure)")
     sweep.add_argument("--set", action="append", required=True, metavar="TABLE.KEY=V1,V2,…", help="values to try")
-    sweep.add_argument("--seeds", type=int, default=1, help="seeds a setting (default 1)")
-    sweep.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    sweep.add_argument("--seeds", type=whole, default=1, help="seeds a setting (default 1)")
+    sweep.add_argument("--jobs", type=whole, default=-1, help="processes (default: one a core)")
     sweep.add_argument("--executor", choices=("local", "ray"), default="local")
     sweep.add_argument("--backend", choices=("profile", "cuda", "cpu"), help="instead of the scenario's")
     sweep.add_argument("--out", type=Path, required=True, help="the directory to make, or to take up again")

@@ -17,6 +17,7 @@ from backend.geometry import load_geometry
 from sim import run_dir
 from sim.copies import ARMS, ROUTES, Arm, Cell, Question, Table, check_tenants
 from sim.errors import ScenarioError
+from sim.flags import whole
 from sim.plan_cli import check_counts, prices, with_duration
 from sim.plan_grid import Grid, prices_of
 from sim.scenario import load_scenario
@@ -34,7 +35,9 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     verb.add_argument("scenario", help="a TOML file, or a shipped scenario")
     verb.add_argument("--slo", required=True, help='such as "ttft_p99<=1.0s, tpot_p99<=60ms"')
     verb.add_argument("--attainment", type=float, help="share of requests within all bounds at once")
-    verb.add_argument("--tenants", type=int, nargs="+", help="numbers of fine-tunes (default: powers of two, and all)")
+    verb.add_argument(
+        "--tenants", type=whole, nargs="+", help="numbers of fine-tunes (default: powers of two, and all)"
+    )
     verb.add_argument(
         "--rate-factor", type=float, nargs="+", default=[1.0], help="times the scenario's rate (default 1)"
     )
@@ -43,11 +46,11 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--gpu-hour-usd", nargs="+", default=[], metavar="[PROFILE=]PRICE", help="instead of cost.gpu_hour_usd"
     )
     verb.add_argument("--model-load-gb-s", type=float, help="host to GPU, instead of the profile's measured bandwidth")
-    verb.add_argument("--max-loras", type=int, nargs="+", default=[], help="values to try for the deltas")
-    verb.add_argument("--replicas", type=int, default=256, help="most GPUs of a deployment (default 256)")
-    verb.add_argument("--seeds", type=int, default=2, help="seeds that are judged together (default 2)")
+    verb.add_argument("--max-loras", type=whole, nargs="+", default=[], help="values to try for the deltas")
+    verb.add_argument("--replicas", type=whole, default=256, help="most GPUs of a deployment (default 256)")
+    verb.add_argument("--seeds", type=whole, default=2, help="seeds that are judged together (default 2)")
     verb.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
-    verb.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    verb.add_argument("--jobs", type=whole, default=-1, help="processes (default: one a core)")
     verb.add_argument("--out", type=Path, help="the directory to make (default: a new one under runs/)")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim import run_dir
 from sim.errors import ScenarioError
+from sim.flags import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,10 +28,10 @@ def add_verb(verbs: Any) -> None:
     source.add_argument("--live", action="store_true", help="measure steps, their parts and the naive loop here")
     source.add_argument("--backend", choices=("cuda", "cpu"), default="cuda", help="where --live measures")
     source.add_argument("--geometry", help="of what model: a shipped geometry or a Hugging Face config.json")
-    curve.add_argument("--batch", type=int, nargs="+", help="requests in the batch (default 32 128)")
-    curve.add_argument("--rank", type=int, nargs="+", help="rank of the adapters (default 16)")
-    curve.add_argument("--context", type=int, default=512, help="keys per request (default 512)")
-    curve.add_argument("--max-lora-rank", type=int, help="show also the step with every adapter padded to this rank")
+    curve.add_argument("--batch", type=whole, nargs="+", help="requests in the batch (default 32 128)")
+    curve.add_argument("--rank", type=whole, nargs="+", help="rank of the adapters (default 16)")
+    curve.add_argument("--context", type=whole, default=512, help="keys per request (default 512)")
+    curve.add_argument("--max-lora-rank", type=whole, help="show also the step with every adapter padded to this rank")
     curve.add_argument("--gpu-hour-usd", type=float, help="price of a GPU hour, for USD instead of GPU seconds")
     curve.add_argument("--bandwidth-gb-s", type=float, help="memory bandwidth as measured, for a profile's byte floor")
     curve.add_argument("--out", type=Path, help="the directory to make (default: a new one under runs/)")

@@ -15,6 +15,7 @@ from sim import run_dir
 from sim.deployment import Deployment
 from sim.effects import KINDS, Effect, effects, of_rank
 from sim.errors import ScenarioError
+from sim.flags import whole
 from sim.plan_cli import check_counts, with_duration
 from sim.plan_grid import vllm_rank
 from sim.scenario import load_scenario
@@ -26,11 +27,11 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     verb = verbs.add_parser("effects", help="one change at a time on the same requests: loads, base requests, ranks")
     verb.add_argument("scenario", help="a TOML file, or a shipped scenario")
     verb.add_argument("--of", choices=tuple(KINDS), required=True, help="what is changed")
-    verb.add_argument("--max-loras", type=int, help="instead of engine.max_loras")
+    verb.add_argument("--max-loras", type=whole, help="instead of engine.max_loras")
     verb.add_argument("--base-share", type=float, default=0.0, help="share of the requests to send to the base model")
-    verb.add_argument("--rank", type=int, help="of every adapter, instead of the scenario's ranks")
+    verb.add_argument("--rank", type=whole, help="of every adapter, instead of the scenario's ranks")
     verb.add_argument("--profile", help="a shipped profile or a profile folder, instead of the scenario's")
-    verb.add_argument("--seeds", type=int, default=3, help="seeds that are counted together (default 3)")
+    verb.add_argument("--seeds", type=whole, default=3, help="seeds that are counted together (default 3)")
     verb.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
     verb.add_argument("--out", type=Path, help="the directory to make (default: a new one under runs/)")
 

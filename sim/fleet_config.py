@@ -14,6 +14,7 @@ from sim.router import ROUTERS
 
 T = TypeVar("T")
 
+MOST_REPLICAS = 10_000
 EVENTS = ("fail", "recover", "add", "remove")
 
 
@@ -70,6 +71,8 @@ class FleetConfig:
 
     def __post_init__(self) -> None:
         _least("fleet.replicas", self.replicas, 1)
+        if self.replicas > MOST_REPLICAS:
+            raise ScenarioError(f"fleet.replicas is {self.replicas}, must be at most {MOST_REPLICAS}")
         _least("fleet.copies", self.copies, 1)
         _least("fleet.load_bound", self.load_bound, 1)
         _least("fleet.startup_s", self.startup_s, 0)

@@ -15,6 +15,7 @@ from backend.profile import load_profile
 from sim import run_dir
 from sim.deployment import interval
 from sim.errors import ScenarioError
+from sim.flags import whole
 from sim.panels import sheet
 from sim.pareto import pareto_panel, picture, points_of
 from sim.plan import Plan, plan
@@ -38,13 +39,13 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     verb.add_argument(
         "--gpu-hour-usd", nargs="+", default=[], metavar="[PROFILE=]PRICE", help="instead of cost.gpu_hour_usd"
     )
-    verb.add_argument("--max-loras", type=int, nargs="+", default=[], help="values to try (default: powers of two)")
-    verb.add_argument("--max-cpu-loras", type=int, nargs="+", default=[], help="values to try")
-    verb.add_argument("--split", type=int, nargs="*", help="ranks to split at (default: each; none given: no split)")
-    verb.add_argument("--replicas", type=int, default=64, help="most replicas to consider (default 64)")
-    verb.add_argument("--seeds", type=int, default=3, help="seeds that are judged together (default 3)")
+    verb.add_argument("--max-loras", type=whole, nargs="+", default=[], help="values to try (default: powers of two)")
+    verb.add_argument("--max-cpu-loras", type=whole, nargs="+", default=[], help="values to try")
+    verb.add_argument("--split", type=whole, nargs="*", help="ranks to split at (default: each; none given: no split)")
+    verb.add_argument("--replicas", type=whole, default=64, help="most replicas to consider (default 64)")
+    verb.add_argument("--seeds", type=whole, default=3, help="seeds that are judged together (default 3)")
     verb.add_argument("--duration-s", type=float, help="seconds of arrivals, instead of the scenario's")
-    verb.add_argument("--jobs", type=int, default=-1, help="processes (default: one a core)")
+    verb.add_argument("--jobs", type=whole, default=-1, help="processes (default: one a core)")
     verb.add_argument("--out", type=Path, help="the directory to make (default: a new one under runs/)")
 
 

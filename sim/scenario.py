@@ -16,6 +16,8 @@ from sim.config import EngineConfig
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig, fleet_of
 
+LARGEST, MOST_ADAPTERS = 2**53, 1_000_000
+
 KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("geometry",),
     "engine": tuple(f.name for f in fields(EngineConfig)),
@@ -163,6 +165,8 @@ def from_tables(data: Mapping[str, object], name: str, base_dir: Path) -> Scenar
     engine = {k: get.typed("engine", k, _TYPES[k]) for k in get.table("engine")}
     modules = get.texts("adapters", "target_modules")
     count = get.number("adapters", "count", whole=True, above=0)
+    if count is not None and count > MOST_ADAPTERS:
+        raise ScenarioError(f"adapters.count is {count}, must be at most {MOST_ADAPTERS}")
     geometry, profile = get.text("model", "geometry"), get.text("backend", "profile")
     return Scenario(
         name=name,
@@ -260,6 +264,8 @@ class _Reader:
         kinds = int if whole else int | float
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ScenarioError(f"{table}.{key} is {value!r}, must be a {'whole ' if whole else ''}number")
+        if abs(value) >= LARGEST and isinstance(value, int):
+            raise ScenarioError(f"{table}.{key} is {value!r}, must be below 2**53")
         infinite = isinstance(value, float) and not math.isfinite(value)
         if infinite or (above is not None and value <= above):
             raise ScenarioError(

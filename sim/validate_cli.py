@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sim.errors import ScenarioError
+from sim.flags import whole
 
 
 def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,18 +25,18 @@ def add_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         default=[],
         help="NAME_steps.csv of each, beside its schedule; without, a run that the profile was made from is not left out of it",
     )
-    validate.add_argument("--max-loras", type=int, nargs="+", default=[], help="of each run, or of all")
+    validate.add_argument("--max-loras", type=whole, nargs="+", default=[], help="of each run, or of all")
     runs = validate.add_argument_group("published runs of vLLM 0.8.5 servers, predicted blind")
     runs.add_argument("--runs", type=Path, metavar="FILE", help="table of runs; alone: which starts fail for memory")
     runs.add_argument(
         "--lengths", type=Path, metavar="FILE", help="table of prompt and output lengths; with it: what clients saw"
     )
-    runs.add_argument("--every", type=int, default=1, help="predict every N-th run (default 1: all)")
+    runs.add_argument("--every", type=whole, default=1, help="predict every N-th run (default 1: all)")
     runs.add_argument("--window-s", type=float, help="seconds of arrivals (default: each run's own)")
     validate.add_argument(
-        "--seeds", type=int, help="simulations of a run (default: 16 of a trace, 1 of a published run)"
+        "--seeds", type=whole, help="simulations of a run (default: 16 of a trace, 1 of a published run)"
     )
-    validate.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
+    validate.add_argument("--rank", type=whole, default=16, help="of the adapters (default 16)")
     validate.add_argument(
         "--fit-host-s",
         type=float,

@@ -101,6 +101,12 @@ def test_mmpp_has_its_mean_and_is_overdispersed() -> None:
         (lambda: arrivals.diurnal(1.0, 1.5, 10.0, 0.0, 10.0), "amplitude from 0 to 1"),
         (lambda: arrivals.flash_crowd(1.0, 2.0, 20.0, 1.0, 10.0), "start_s within the duration"),
         (lambda: arrivals.mmpp(np.array([1.0]), np.array([1.0]), 10.0, rng()), "at least two states"),
+        (
+            lambda: arrivals.draw(arrivals.constant(1e30, 1.0), "gamma", 2.0, rng()),
+            "asks for 1e.30 requests, must be at most",
+        ),
+        (lambda: arrivals.diurnal(1.0, 0.5, 1e-9, 0.0, 10.0), "at most 6944 periods"),
+        (lambda: arrivals.mmpp(np.ones(2), np.full(2, 1e-9), 10.0, rng()), "at most 10000000 changes of state"),
     ],
 )
 def test_what_no_process_can_be(call: object, says: str) -> None:

@@ -73,6 +73,9 @@ def test_shipped_scenarios_load_by_name(name: str) -> None:
         ({"run": {"seed": -1}}, "run.seed is -1, must be finite and > -1"),
         ({"run": {"horizon_s": float("nan")}}, "run.horizon_s is nan, must be finite and > 0"),
         ({"run": {"horizon_s": float("inf")}}, "run.horizon_s is inf, must be finite and > 0"),
+        ({"engine": {"max_cpu_loras": 2**70}}, f"engine.max_cpu_loras is {2**70}, must be below 2**53"),
+        ({"adapters": {"count": 10**7}}, "adapters.count is 10000000, must be at most 1000000"),
+        ({"fleet": {"replicas": 10**6}}, "fleet.replicas is 1000000, must be at most 10000"),
     ],
 )
 def test_refused(tables: dict[str, object], message: str) -> None:

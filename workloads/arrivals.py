@@ -12,6 +12,9 @@ from workloads.errors import WorkloadError
 
 FloatArray = npt.NDArray[np.float64]
 
+MOST_REQUESTS, MOST_PIECES = 10**8, 10**7
+"""What is drawn at most; more would not fit into memory."""
+
 PROCESSES = ("poisson", "gamma", "weibull")
 """Laws of the gaps between arrivals. `gamma` and `weibull` take a coefficient of variation, `poisson` has 1."""
 
@@ -50,6 +53,10 @@ def diurnal(rps: float, amplitude: float, period_s: float, phase_s: float, durat
     """`rps * (1 + amplitude * sin(2π (t + phase_s) / period_s))`, in steps of a 1440th of the period."""
     if not (0 <= amplitude <= 1 and period_s > 0):
         raise WorkloadError(f"diurnal needs amplitude from 0 to 1 and period_s > 0; got {amplitude}, {period_s}")
+    if duration_s / period_s * 1440 > MOST_PIECES:
+        raise WorkloadError(
+            f"diurnal needs at most {MOST_PIECES // 1440} periods; {duration_s} s are more of {period_s} s"
+        )
     edges = np.append(np.arange(0.0, duration_s, period_s / 1440), duration_s)
     edges = edges[np.append(True, np.diff(edges) > 0)]
     turn = 2 * np.pi / period_s
@@ -75,6 +82,10 @@ def mmpp(rps: FloatArray, mean_s: FloatArray, duration_s: float, rng: np.random.
     """
     if not (len(rps) == len(mean_s) >= 2 and (mean_s > 0).all()):
         raise WorkloadError("mmpp needs at least two states, each with rps >= 0 and mean_s > 0")
+    if duration_s / mean_s.mean() > MOST_PIECES:
+        raise WorkloadError(
+            f"mmpp needs at most {MOST_PIECES} changes of state; {duration_s} s of {mean_s.tolist()} have more"
+        )
     states, starts = [int(rng.choice(len(rps), p=mean_s / mean_s.sum()))], [0.0]
     while (end := starts[-1] + rng.exponential(mean_s[states[-1]])) < duration_s:
         states.append((states[-1] + int(rng.integers(1, len(rps)))) % len(rps))
@@ -119,6 +130,8 @@ def draw(rate: Rate, process: str, cv: float, rng: np.random.Generator) -> Float
     if process not in PROCESSES or not 0.01 <= cv <= 100:
         raise WorkloadError(f"arrivals need one of {', '.join(PROCESSES)} and cv from 0.01 to 100; got {process}, {cv}")
     expected = rate.expected()
+    if expected[-1] > MOST_REQUESTS:
+        raise WorkloadError(f"a rate that asks for {expected[-1]:.3g} requests, must be at most {MOST_REQUESTS}")
     chunks = [np.array([_first_gap(process, cv, rng)])]
     while (clock := float(chunks[-1][-1])) < expected[-1]:
         count = int((expected[-1] - clock) * 1.1) + 64

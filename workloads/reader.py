@@ -11,6 +11,9 @@ import numpy.typing as npt
 from workloads import lengths
 from workloads.errors import WorkloadError
 
+LARGEST = 2**31
+"""Whole numbers stay below it: more tokens or adapters than that are a slip of the pen."""
+
 
 class Reader:
     """A TOML table at `where`, whose keys must be among `known`. Paths in it are relative to `base_dir`."""
@@ -34,14 +37,15 @@ class Reader:
         finite = number < float("inf") or key not in self.data
         if not (sound and finite and (number > 0 or (zero and number == 0))):
             raise WorkloadError(f"{self.where}.{key} is {value!r}, {want}")
-        return number
+        return number + 0.0  # -0.0 becomes 0.0, as some laws know no negative zero
 
     def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+        """A whole number of at least `least` and below `LARGEST`."""
         value = self.data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
             raise WorkloadError(
                 f"{self.where}.{key} is {'missing' if value is None else repr(value)}, must be a whole number >= {least}"
+                f" and < {LARGEST}"
             )
         return value
 

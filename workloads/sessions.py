@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from workloads.arrivals import MOST_REQUESTS
 from workloads.errors import WorkloadError
 from workloads.requests import BASE, PrefixTree, RequestTable
 
@@ -16,6 +17,9 @@ def turn_counts(sessions: int, mean_turns: float, rng: np.random.Generator) -> I
     """Turns of each session, int64[sessions] >= 1, geometric with mean `mean_turns`."""
     if not mean_turns >= 1:
         raise WorkloadError(f"sessions.turns is {mean_turns}, must be >= 1 on average")
+    if sessions * mean_turns > MOST_REQUESTS:
+        asked = f"{sessions} sessions of {mean_turns:g} turns"
+        raise WorkloadError(f"sessions.turns: {asked} are more than {MOST_REQUESTS} requests, must be at most so many")
     return rng.geometric(1 / mean_turns, sessions)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workloads import lengths
+from workloads.arrivals import MOST_REQUESTS
 from workloads.errors import WorkloadError
 
 FloatArray = npt.NDArray[np.float64]
@@ -131,6 +132,11 @@ def draw(
             for pool, table in ((pooled_prompt, prompt), (pooled_output, output)):
                 for tokens, share in table.items():
                     pool[tokens] = pool.get(tokens, 0.0) + weight * share
+    asked = rate_scale * WINDOW_S * sum(window.rate for client in clients for window in client.windows)
+    if asked > MOST_REQUESTS:
+        raise WorkloadError(
+            f"workload.rate_scale is {rate_scale:g}: {asked:.3g} requests, must be at most {MOST_REQUESTS}"
+        )
     parts: list[tuple[FloatArray, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
     fallen: set[int] = set()
     for index, client in enumerate(clients, start=1):
