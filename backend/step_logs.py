@@ -32,8 +32,39 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "prefill": ("tokens", "n_prompts", "D", "step_ms", "sample_ms"),
     "loads": ("load_from_disk_ms", "activate_ms"),
 }
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "steps": (),
+    "decode": ("p10_ms", "p90_ms", "exec_ms", "max_loras"),
+    "prefill": ("exec_ms", "max_loras"),
+    "loads": (),
+}
+_COUNTS, _MOST = ("B", "tokens", "n_prompts"), 10**6
+"""Columns that count what a step has, from 1 to below so many."""
+
+_WHOLE = (*_COUNTS, "D", "max_loras", "loads", "activations")
 _WARM_UP = 1
 """First repetitions of a prefill cell that are left out."""
+
+
+def check_column(
+    path: Path,
+    table: pd.DataFrame,
+    column: str,
+    *,
+    whole: bool = False,
+    least: float = 0,
+    above: float = -1,
+    below: float = 2**31,
+) -> None:
+    """Make a column numbers. Raises `BackendError` naming the line of a value that is none, or not at least `least` and below `below`."""
+    values = pd.to_numeric(table[column], errors="coerce")
+    right = (values >= least) & (values > above) & (values < below) & ((values % 1 == 0) | (not whole))
+    wrong = table.index[~right]
+    if len(wrong):
+        value, kind = table.loc[wrong[0], column], "whole number" if whole else "number"
+        limit = f"> {above:g}" if above >= least else f">= {least:g}"
+        raise BackendError(f"{path}:{wrong[0] + 2}: {column} is {value}, must be a {kind} {limit} and < {below}")
+    table[column] = values
 
 
 def read_table(path: Path) -> tuple[str, pd.DataFrame]:
@@ -46,13 +77,13 @@ def read_table(path: Path) -> tuple[str, pd.DataFrame]:
         raise BackendError(f"{path}: not a CSV table ({str(error).strip()})") from error
     for kind, needed in _KINDS.items():
         if set(needed) <= set(table.columns):
-            for column in needed:
-                values = pd.to_numeric(table[column], errors="coerce")
-                wrong = table.index[values.isna() | (values < 0)]
-                if len(wrong):
-                    bad = table.loc[wrong[0], column]
-                    raise BackendError(f"{path}:{wrong[0] + 2}: {column} is {bad}, must be a number >= 0")
-                table[column] = values
+            optional = [column for column in _OPTIONAL[kind] if column in table.columns]
+            for column in (*needed, *optional):
+                least = 1 if column in _COUNTS else 0
+                below = _MOST if column in _COUNTS else 2**31
+                check_column(path, table, column, whole=column in _WHOLE, least=least, below=below)
+            for column in set(needed) & {"median_ms", "step_ms"}:
+                check_column(path, table, column, above=0)
             return kind, table
     known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in _KINDS.items())
     raise BackendError(f"{path}: none of the kinds of table that are known by their columns ({known})")
@@ -179,6 +210,7 @@ def _requests(path: Path) -> tuple[dict[int, int], dict[int, int]]:
     for column in ("req", "prompt_tokens", "adapter_id"):
         if column not in table.columns:
             raise BackendError(f"{path}: has no column {column}; needs req, prompt_tokens, adapter_id")
+        check_column(path, table, column, whole=True)
     adapters = table["adapter_id"].astype(int) - 1
     names = table["req"].astype(int)
     return dict(zip(names, table["prompt_tokens"].astype(int), strict=True)), dict(zip(names, adapters, strict=True))

@@ -18,6 +18,7 @@ from backend.host_draw import HostDraw
 from backend.profile import Profile
 from backend.replay import ReplayBackend
 from backend.scattered import ScatteredReplay
+from backend.step_logs import check_column
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -28,6 +29,8 @@ from workloads.adapters import TARGET_MODULES, Adapter, Catalogue
 from workloads.requests import RequestTable
 
 _COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "adapter_id", "ttft_ms", "tpot_ms", "e2e_ms", "finish_s")
+_ALWAYS, _WHOLE = ("arrival_s",), ("prompt_tokens", "output_tokens", "adapter_id")
+"""Columns that no row may leave empty, and those that are whole numbers, too."""
 
 
 _TAIL = 0.025
@@ -65,6 +68,8 @@ def _read(path: Path, needed: Sequence[str]) -> pd.DataFrame:
         wrong = table.index[(values.isna() & table[column].notna()) | (values < 0)]
         if len(wrong):
             raise ScenarioError(f"{path}:{wrong[0] + 2}: {column} is {table.loc[wrong[0], column]}, must be >= 0")
+        if column in (*_ALWAYS, *_WHOLE):
+            check_column(path, table, column, whole=column in _WHOLE)
         table[column] = values
     if table.empty:
         raise ScenarioError(f"{path}: has no rows")

@@ -124,6 +124,18 @@ def test_held_out_logs_only_check(tmp_path: Path) -> None:
             lambda d: (d / "decode.csv").write_text("B,D,ctx_first,ctx_last,median_ms,sample_ms\n1,0,5,5,soon,6\n"),
             "decode.csv:2: median_ms",
         ),
+        (
+            lambda d: (d / "decode.csv").write_text("B,D,ctx_first,ctx_last,median_ms,sample_ms\n1,0,5,5,0,0\n"),
+            "decode.csv:2: median_ms is 0, must be a number > 0",
+        ),
+        (
+            lambda d: (d / "decode.csv").write_text("B,D,ctx_first,ctx_last,median_ms,sample_ms\n1e9,0,5,5,7,6\n"),
+            "decode.csv:2: B is 1000000000.0, must be a whole number >= 1 and < 1000000",
+        ),
+        (
+            lambda d: (d / "prefill.csv").write_text("tokens,n_prompts,D,step_ms,sample_ms,exec_ms\n9,1,0,5,5,x\n"),
+            "prefill.csv:2: exec_ms is x, must be a number >= 0",
+        ),
         (lambda d: (d / "decode.csv").write_text("a,b\n1,2\n"), "none of the kinds"),
         (lambda d: (d / "decode.csv").unlink(), "no such file"),
         (lambda d: (d / "engine.json").write_text("{}"), "needs gpu and capture_sizes"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from backend.base import StepBatch
+from backend.errors import BackendError
 from backend.features import StepFeatures
 from backend.fitting import measured
 from backend.host_fit import with_host_of
@@ -159,6 +161,37 @@ def test_bad_files_and_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFix
         pair([REQUESTS, REQUESTS], [STEPS], [8])
     with pytest.raises(ScenarioError, match="--max-loras"):
         pair([REQUESTS], [STEPS], [8, 16])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("prompt_tokens", "", "prompt_tokens is nan, must be a whole number >= 0 and < 2147483648"),
+        ("adapter_id", "1.5", "adapter_id is 1.5, must be a whole number"),
+        ("output_tokens", "1e30", "output_tokens is 1e+30, must be a whole number"),
+        ("arrival_s", "", "arrival_s is nan, must be a number >= 0"),
+        ("arrival_s", "inf", "arrival_s is inf, must be a number >= 0"),
+    ],
+)
+def test_a_request_without_what_it_needs_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, value: str, says: str
+) -> None:
+    table = pd.read_csv(REQUESTS, dtype=str)
+    table.loc[2, column] = value
+    bad = tmp_path / "x_requests.csv"
+    table.to_csv(bad, index=False)
+    assert main(["validate", "--trace", str(bad), "--max-loras", "8"]) == 2
+    assert f"{bad}:4: {says}" in capsys.readouterr().err
+
+
+def test_the_requests_of_a_step_log_have_their_numbers(tmp_path: Path) -> None:
+    for suffix in ("_steps.csv", "_sched.jsonl.gz"):
+        copy(STEPS.with_name(STEPS.name.replace("_steps.csv", suffix)), tmp_path / f"x{suffix}")
+    table = pd.read_csv(REQUESTS, dtype=str)
+    table.loc[2, "req"] = "x"
+    table.to_csv(tmp_path / "x_requests.csv", index=False)
+    with pytest.raises(BackendError, match=r"x_requests\.csv:4: req is x, must be a whole number >= 0"):
+        read_steps([tmp_path / "x_steps.csv"], 16, "log")
 
 
 def test_validate_prints_steps_and_loop(capsys: pytest.CaptureFixture[str]) -> None:
