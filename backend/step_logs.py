@@ -55,16 +55,17 @@ def check_column(
     least: float = 0,
     above: float = -1,
     below: float = 2**31,
+    optional: bool = False,
 ) -> None:
-    """Make a column numbers. Raises `BackendError` naming the line of a value that is none, or not at least `least` and below `below`."""
+    """Make a column numbers (`optional`: where it is not empty). Raises `BackendError` naming the line of a value that is none, or not at least `least` and below `below`."""
     values = pd.to_numeric(table[column], errors="coerce")
     right = (values >= least) & (values > above) & (values < below) & ((values % 1 == 0) | (not whole))
-    wrong = table.index[~right]
+    wrong = table.index[~right & (values.notna() | table[column].notna() | (not optional))]
     if len(wrong):
         value, kind = table.loc[wrong[0], column], "whole number" if whole else "number"
         limit = f"> {above:g}" if above >= least else f">= {least:g}"
         raise BackendError(f"{path}:{wrong[0] + 2}: {column} is {value}, must be a {kind} {limit} and < {below}")
-    table[column] = values
+    table[column] = values.astype("int64") if whole and not optional else values
 
 
 def read_table(path: Path) -> tuple[str, pd.DataFrame]:

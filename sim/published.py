@@ -21,6 +21,7 @@ from backend.geometry import ModelGeometry, load_geometry
 from backend.memory import EXTRA_VOCAB_ROWS_0_8, GIB, memory_plan
 from backend.profile import LoadCurve, Profile
 from backend.replay import ReplayBackend
+from backend.step_logs import check_column
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -45,6 +46,18 @@ NEEDED = (
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "gpu_memory_utilization", "block_size", "window_s",
 )  # fmt: skip
 
+WHOLE = (
+    "max_loras",
+    "n_adapters",
+    "max_lora_rank",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "block_size",
+)
+OPTIONAL = ("seed", "pool_mean_input_tokens", "pool_mean_output_tokens", "gpu_total_gib", *PREDICTED)
+"""Columns that may be empty or missing, but are numbers where they are not."""
+
 
 def read_runs(file: Path) -> pd.DataFrame:
     """The rows of vLLM 0.8.5 in `file`, of models that a geometry is shipped for. Raises `ScenarioError`."""
@@ -57,7 +70,15 @@ def read_runs(file: Path) -> pd.DataFrame:
     for column in NEEDED:
         if column not in runs.columns:
             raise ScenarioError(f"{file}: has no column {column}; needs {', '.join(NEEDED)}")
-    return runs[runs["engine"].str.contains("0.8.5", regex=False) & runs["model"].isin(MODELS)].reset_index(drop=True)
+    engine = runs["engine"].astype(str).str.contains("0.8.5", regex=False)
+    kept = runs[engine & runs["model"].isin(MODELS)].copy()
+    for column in WHOLE:
+        check_column(file, kept, column, whole=True, least=1)
+    check_column(file, kept, "gpu_memory_utilization", above=0, below=1.001)
+    check_column(file, kept, "window_s", above=0, below=10**7)
+    for column in (name for name in OPTIONAL if name in kept.columns):
+        check_column(file, kept, column, whole=column == "seed", below=2**32, optional=True)
+    return kept.reset_index(drop=True)
 
 
 def geometry_of(run: Mapping[Any, Any]) -> ModelGeometry:
@@ -74,7 +95,7 @@ def gpu_bytes(run: Mapping[Any, Any]) -> int:
 def kv_blocks(run: Mapping[Any, Any]) -> int:
     """KV blocks that the row's server has by the memory model; 0 where it should refuse to start."""
     limits = EngineLimits(
-        int(str(run["max_loras"])), int(str(run["max_lora_rank"])), _whole(run, "max_num_seqs"),
+        _whole(run, "max_loras"), _whole(run, "max_lora_rank"), _whole(run, "max_num_seqs"),
         _whole(run, "max_num_batched_tokens"), _whole(run, "max_model_len"), _whole(run, "block_size"),
         float(str(run["gpu_memory_utilization"])),
     )  # fmt: skip
@@ -209,7 +230,7 @@ TRAINING_SHARE = 10
 
 def clean(runs: pd.DataFrame) -> pd.DataFrame:
     """Rows whose client delivered the load (`client_flag` clean). Raises `ScenarioError` for columns that are not there."""
-    if missing := [name for name in ("client_flag", *PREDICTED) if name not in runs.columns]:
+    if missing := [name for name in ("client_flag", "workload_group", *PREDICTED) if name not in runs.columns]:
         raise ScenarioError(f"--runs: no column {missing[0]}, which predicting them needs")
     return runs[(runs["status"] == "ok") & (runs["client_flag"] == "clean")].reset_index(drop=True)
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from backend.from_runs import counted
+from backend.step_logs import check_column
 from sim.errors import ScenarioError
 from workloads.requests import RequestTable
 
@@ -39,7 +41,7 @@ def load_of(run: Mapping[Any, Any], lengths: pd.DataFrame, window_s: float, seed
     Lengths come from the table, scaled to the means of the run's prepared requests where it names them. A model ends an answer
     of its own with the probability `ends_per_token` at each token. Which rank meets which rate is not known.
     """
-    arrival, adapter = arrivals(str(run["adapter_rates"]), float(str(run["window_s"])), int(run.get("seed", 0) or 0))
+    arrival, adapter = arrivals(str(run["adapter_rates"]), float(str(run["window_s"])), _seed(run))
     kept = arrival < window_s
     arrival, adapter = arrival[kept], adapter[kept]
     rng = np.random.default_rng(seed)
@@ -50,6 +52,11 @@ def load_of(run: Mapping[Any, Any], lengths: pd.DataFrame, window_s: float, seed
     whole = [np.maximum(1, np.rint(values)).astype(np.int64) for values in (prompts, outputs)]
     ranks = spread(str(run["adapter_ranks"]), "adapter_ranks").astype(int)
     return Load(RequestTable(arrival, whole[0], whole[1], adapter), tuple(ranks.tolist()))
+
+
+def _seed(run: Mapping[Any, Any]) -> int:
+    known = float(run.get("seed", 0) or 0)
+    return 0 if isnan(known) else int(known)
 
 
 def spread(text: str, where: str) -> FloatArray:
@@ -126,6 +133,12 @@ def read_lengths(file: Path) -> pd.DataFrame:
         table = pd.read_csv(file)
     except FileNotFoundError as error:
         raise ScenarioError(f"{file}: no such file") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{file}: not a CSV table ({str(error).strip()})") from error
     if missing := [name for name in needed if name not in table.columns]:
         raise ScenarioError(f"{file}: has no column {missing[0]}; needs {', '.join(needed)}")
+    if table.empty:
+        raise ScenarioError(f"{file}: has no rows")
+    for column in needed:
+        check_column(file, table, column, above=0)
     return table

@@ -223,6 +223,36 @@ def test_validate_runs_needs_its_columns(tmp_path: Path, capsys: pytest.CaptureF
     assert "--every" in capsys.readouterr().err
 
 
+def test_rows_that_are_not_judged_may_be_empty(tmp_path: Path) -> None:
+    """A row of another engine without slots makes pandas read all of them as decimals; seeds and means may be unknown."""
+    other = run() | {"engine": "vLLM 0.5.0 (V0)", "max_loras": None, "window_s": "x"}
+    rows = pd.DataFrame([run(), other, run() | {"seed": None, "gpu_total_gib": None}])
+    rows.to_csv(tmp_path / "runs.csv", index=False)
+    kept = read_runs(tmp_path / "runs.csv")
+    assert len(kept) == 2
+    assert kept["max_loras"].tolist() == [run()["max_loras"]] * 2
+    assert boundary(kept)["runs"].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("max_loras", None, "max_loras is nan, must be a whole number >= 1"),
+        ("block_size", 1.5, "block_size is 1.5, must be a whole number >= 1"),
+        ("window_s", 0, "window_s is 0.0, must be a number > 0"),
+        ("gpu_memory_utilization", 2.0, "gpu_memory_utilization is 2.0, must be a number > 0"),
+        ("seed", "x", "seed is x, must be a whole number >= 0"),
+        ("ttft_mean_ms", "soon", "ttft_mean_ms is soon, must be a number >= 0"),
+    ],
+)
+def test_a_run_that_cannot_be_judged_is_named(tmp_path: Path, column: str, value: object, says: str) -> None:
+    file = tmp_path / "runs.csv"
+    pd.DataFrame([run(), run() | {"engine": "vLLM 0.5.0"}, run() | {column: value}]).to_csv(file, index=False)
+    with pytest.raises(BackendError) as caught:
+        read_runs(file)
+    assert str(caught.value).startswith(f"{file}:4: {says}")
+
+
 def test_too_few_runs_make_nothing(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="too few"):
         known_of(pd.DataFrame([run()]), "llama-3.1-8b-instruct", tmp_path, LENGTHS)
