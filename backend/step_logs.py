@@ -57,7 +57,10 @@ def check_column(
     below: float = 2**31,
     optional: bool = False,
 ) -> None:
-    """Make a column numbers (`optional`: where it is not empty). Raises `BackendError` naming the line of a value that is none, or not at least `least` and below `below`."""
+    """Make a column numbers (`optional`: where it is not empty).
+
+    Raises `BackendError` naming the line of a value that is none, or is not at least `least`, above `above` and below `below`.
+    """
     values = pd.to_numeric(table[column], errors="coerce")
     right = (values >= least) & (values > above) & (values < below) & ((values % 1 == 0) | (not whole))
     wrong = table.index[~right & (values.notna() | table[column].notna() | (not optional))]
