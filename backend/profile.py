@@ -112,7 +112,7 @@ def load_profile(name_or_path: str) -> Profile:
     try:
         values = Values(data)
         return Profile(
-            name=str(data.get("name")),
+            name=values.text("name"),
             gpu_bytes=values.whole("gpu_bytes", least=1),
             predictor=Predictor.from_json(values.table("predictor").data),
             stage=_curve(values.table("stage")),

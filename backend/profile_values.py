@@ -34,6 +34,13 @@ class Values:
             raise self._bad(key, value, "a table")
         return Values(value, f"{self.where}{key}.")
 
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise self._bad(key, value, "a text")
+        return value
+
     def number(self, key: str, *, above: float = -math.inf, least: float = -math.inf) -> float:
         """A finite number above `above`, at least `least`."""
         value = self._get(key)

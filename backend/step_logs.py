@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from backend.base import NO_SLOT, StepBatch
+from backend.csv_tables import check_column, read_csv
 from backend.errors import BackendError
 from backend.fitting import composition
 
@@ -41,53 +42,24 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 _COUNTS, _MOST = ("B", "tokens", "n_prompts"), 10**6
 """Columns that count what a step has, from 1 to below so many."""
 
+_NEVER_ZERO = ("median_ms", "step_ms")
+"""Columns that errors are relative to."""
+
 _WHOLE = (*_COUNTS, "D", "max_loras", "loads", "activations")
 _WARM_UP = 1
 """First repetitions of a prefill cell that are left out."""
 
 
-def check_column(
-    path: Path,
-    table: pd.DataFrame,
-    column: str,
-    *,
-    whole: bool = False,
-    least: float = 0,
-    above: float = -1,
-    below: float = 2**31,
-    optional: bool = False,
-) -> None:
-    """Make a column numbers (`optional`: where it is not empty).
-
-    Raises `BackendError` naming the line of a value that is none, or is not at least `least`, above `above` and below `below`.
-    """
-    values = pd.to_numeric(table[column], errors="coerce")
-    right = (values >= least) & (values > above) & (values < below) & ((values % 1 == 0) | (not whole))
-    wrong = table.index[~right & (values.notna() | table[column].notna() | (not optional))]
-    if len(wrong):
-        value, kind = table.loc[wrong[0], column], "whole number" if whole else "number"
-        limit = f"> {above:g}" if above >= least else f">= {least:g}"
-        raise BackendError(f"{path}:{wrong[0] + 2}: {column} is {value}, must be a {kind} {limit} and < {below}")
-    table[column] = values.astype("int64") if whole and not optional else values
-
-
 def read_table(path: Path) -> tuple[str, pd.DataFrame]:
     """The kind of a CSV (`steps`, `decode`, `prefill` or `loads`) and its rows. Raises `BackendError` for any other."""
-    try:
-        table = pd.read_csv(path)
-    except FileNotFoundError as error:
-        raise BackendError(f"{path}: no such file") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise BackendError(f"{path}: not a CSV table ({str(error).strip()})") from error
+    table = read_csv(path)
     for kind, needed in _KINDS.items():
         if set(needed) <= set(table.columns):
             optional = [column for column in _OPTIONAL[kind] if column in table.columns]
             for column in (*needed, *optional):
-                least = 1 if column in _COUNTS else 0
-                below = _MOST if column in _COUNTS else 2**31
-                check_column(path, table, column, whole=column in _WHOLE, least=least, below=below)
-            for column in set(needed) & {"median_ms", "step_ms"}:
-                check_column(path, table, column, above=0)
+                least, below = (1, _MOST) if column in _COUNTS else (0, 2**31)
+                above = 0 if column in _NEVER_ZERO else -1
+                check_column(path, table, column, whole=column in _WHOLE, least=least, above=above, below=below)
             return kind, table
     known = "; ".join(f"{kind}: {', '.join(needed)}" for kind, needed in _KINDS.items())
     raise BackendError(f"{path}: none of the kinds of table that are known by their columns ({known})")
@@ -210,7 +182,7 @@ def _requests(path: Path) -> tuple[dict[int, int], dict[int, int]]:
     """Prompt tokens and slot of each request."""
     if not path.is_file():
         raise BackendError(f"{path}: missing; a step log needs its requests beside it")
-    table = pd.read_csv(path)
+    table = read_csv(path)
     for column in ("req", "prompt_tokens", "adapter_id"):
         if column not in table.columns:
             raise BackendError(f"{path}: has no column {column}; needs req, prompt_tokens, adapter_id")

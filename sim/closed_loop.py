@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from backend.csv_tables import check_column, read_csv
 from backend.geometry import load_geometry
 from backend.host_draw import HostDraw
 from backend.profile import Profile
 from backend.replay import ReplayBackend
 from backend.scattered import ScatteredReplay
-from backend.step_logs import check_column
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -47,30 +47,19 @@ class Trace:
 
 
 def read_trace(requests: Path, steps: Path | None) -> Trace:
-    """Read and check a run's tables. Raises `ScenarioError` naming file and column."""
+    """Read and check a run's tables. Raises `ScenarioError` or `BackendError` naming file and column, or line."""
     table = _read(requests, _COLUMNS).sort_values("arrival_s").reset_index(drop=True)
     log = None if steps is None else _read(steps, ("t", "total_ms", "waiting", "distinct_adapters", "activations"))
     return Trace(requests.name.removesuffix(".csv").removesuffix("_requests"), table, log)
 
 
 def _read(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except FileNotFoundError as error:
-        raise ScenarioError(f"{path}: no such file") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{path}: not a CSV table ({str(error).strip()})") from error
+    table = read_csv(path, ScenarioError)
     for column in needed:
         if column not in table.columns:
             raise ScenarioError(f"{path}: has no column {column}; needs {', '.join(needed)}")
-        values = pd.to_numeric(table[column], errors="coerce")
         # A run of one token has no TPOT, a request that was not finished no end: both are empty then.
-        wrong = table.index[(values.isna() & table[column].notna()) | (values < 0)]
-        if len(wrong):
-            raise ScenarioError(f"{path}:{wrong[0] + 2}: {column} is {table.loc[wrong[0], column]}, must be >= 0")
-        if column in (*_ALWAYS, *_WHOLE):
-            check_column(path, table, column, whole=column in _WHOLE)
-        table[column] = values
+        check_column(path, table, column, whole=column in _WHOLE, optional=column not in (*_ALWAYS, *_WHOLE))
     if table.empty:
         raise ScenarioError(f"{path}: has no rows")
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 
-LARGEST = 2**31
+from workloads.reader import LARGEST
 
 
 def whole(text: str) -> int:

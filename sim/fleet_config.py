@@ -15,6 +15,8 @@ from sim.router import ROUTERS
 T = TypeVar("T")
 
 MOST_REPLICAS = 10_000
+"""More are a slip of the pen; each is an engine of its own here."""
+
 EVENTS = ("fail", "recover", "add", "remove")
 
 

@@ -15,13 +15,13 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from backend.base import EngineLimits
+from backend.csv_tables import check_column, read_csv
 from backend.errors import BackendError
 from backend.from_runs import predictor_of
 from backend.geometry import ModelGeometry, load_geometry
 from backend.memory import EXTRA_VOCAB_ROWS_0_8, GIB, memory_plan
 from backend.profile import LoadCurve, Profile
 from backend.replay import ReplayBackend
-from backend.step_logs import check_column
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -60,13 +60,8 @@ OPTIONAL = ("seed", "pool_mean_input_tokens", "pool_mean_output_tokens", "gpu_to
 
 
 def read_runs(file: Path) -> pd.DataFrame:
-    """The rows of vLLM 0.8.5 in `file`, of models that a geometry is shipped for. Raises `ScenarioError`."""
-    try:
-        runs = pd.read_csv(file)
-    except FileNotFoundError as error:
-        raise ScenarioError(f"{file}: no such file") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{file}: not a CSV table ({str(error).strip()})") from error
+    """The rows of vLLM 0.8.5 in `file`, of models that a geometry is shipped for. Raises `ScenarioError`, for a cell `BackendError`."""
+    runs = read_csv(file, ScenarioError)
     for column in NEEDED:
         if column not in runs.columns:
             raise ScenarioError(f"{file}: has no column {column}; needs {', '.join(NEEDED)}")

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from backend.csv_tables import check_column, read_csv
 from backend.from_runs import counted
-from backend.step_logs import check_column
 from sim.errors import ScenarioError
 from workloads.requests import RequestTable
 
@@ -127,14 +127,9 @@ def ends_per_token(run_means: pd.DataFrame, lengths: pd.DataFrame, model: str) -
 
 
 def read_lengths(file: Path) -> pd.DataFrame:
-    """Prompt and output lengths to draw from, a pair of columns a model. Raises `ScenarioError`."""
+    """Prompt and output lengths to draw from, a pair of columns a model. Raises `ScenarioError`, for a cell `BackendError`."""
     needed = [f"{prefix}_{kind}_tokens" for _, prefix in MODELS.values() for kind in ("input", "output")]
-    try:
-        table = pd.read_csv(file)
-    except FileNotFoundError as error:
-        raise ScenarioError(f"{file}: no such file") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{file}: not a CSV table ({str(error).strip()})") from error
+    table = read_csv(file, ScenarioError)
     if missing := [name for name in needed if name not in table.columns]:
         raise ScenarioError(f"{file}: has no column {missing[0]}; needs {', '.join(needed)}")
     if table.empty:

@@ -16,7 +16,7 @@ from sim.config import EngineConfig
 from sim.errors import ScenarioError
 from sim.fleet_config import FleetConfig, fleet_of
 
-LARGEST, MOST_ADAPTERS = 2**53, 1_000_000
+LARGEST, MOST_ADAPTERS = 2**53, 1_000_000  # whole numbers of the compiled replay; more adapters do not fit into memory
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "model": ("geometry",),

@@ -19,6 +19,7 @@ DECODE = ("predictor", "regimes", "decode")
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
+        (("name",), None, "name is None, must be a text"),
         (("gpu_bytes",), 0, "gpu_bytes is 0, must be a whole number >= 1"),
         (("gpu_bytes",), 2**70, "gpu_bytes is "),
         (("accuracy", "mape"), "x", "accuracy.mape is 'x', must be a finite number >= 0"),

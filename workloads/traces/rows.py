@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads.errors import WorkloadError
-
-_LIMIT = 2**31
+from workloads.reader import LARGEST
 
 
 def csv_rows(path: Path, want: str) -> Iterator[tuple[int, list[str]]]:
@@ -63,7 +62,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return row
 
 
-def whole(value: object, where: str, least: int = 0, limit: int = _LIMIT) -> int:
+def whole(value: object, where: str, least: int = 0, limit: int = LARGEST) -> int:
     """A JSON whole number from `least` on."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < limit:
         raise WorkloadError(f"{where} is {str(value)[:80]}, must be a whole number >= {least} and < {limit}")
@@ -73,8 +72,8 @@ def whole(value: object, where: str, least: int = 0, limit: int = _LIMIT) -> int
 def whole_text(text: str, where: str, least: int = 0) -> int:
     """A whole number written in plain digits, from `least` on."""
     good = text.isascii() and text.isdigit() and len(text) < 12
-    if not good or not least <= int(text) < _LIMIT:
-        raise WorkloadError(f"{where} is {text!r}, must be a whole number >= {least} and < {_LIMIT}")
+    if not good or not least <= int(text) < LARGEST:
+        raise WorkloadError(f"{where} is {text!r}, must be a whole number >= {least} and < {LARGEST}")
     return int(text)
 
 

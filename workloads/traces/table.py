@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from workloads.errors import WorkloadError
+from workloads.reader import LARGEST
 from workloads.requests import BASE, NO_PREFIX, PrefixTree, RequestTable
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens", "adapter")
 OPTIONAL = ("priority", "prefix_id", "prefix_tokens", "prefix_path")
-_LIMIT = 2**31
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -84,16 +84,16 @@ def _numbers(table: pd.DataFrame, name: str, path: Path) -> npt.NDArray[np.float
     column = table[name]
     values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     whole = name != "arrival_s"
-    least = {"arrival_s": 0, "prefix_tokens": 0, "priority": -_LIMIT}.get(name, 1)
+    least = {"arrival_s": 0, "prefix_tokens": 0, "priority": -LARGEST}.get(name, 1)
     with np.errstate(invalid="ignore"):
         good = np.isfinite(values) & (values >= least)
         if whole:
-            good &= (values % 1 == 0) & (values < _LIMIT)
+            good &= (values % 1 == 0) & (values < LARGEST)
     if column.dtype.kind in "bO":
         good &= ~column.map(lambda v: isinstance(v, bool)).to_numpy(dtype=bool)
     if not good.all():
         row = int(np.argmin(good))
-        want = f"a {'whole ' if whole else ''}number >= {least}" + (f" and < {_LIMIT}" if whole else "")
+        want = f"a {'whole ' if whole else ''}number >= {least}" + (f" and < {LARGEST}" if whole else "")
         raise WorkloadError(f"{path}:{table.index[row]}: {name} is {column.iloc[row]}, must be {want}")
     return values
 
