@@ -8,11 +8,14 @@ linears have known numbers of blocks. The sum is `--slot-tile-us` of `multilora 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from backend.csv_tables import read_csv
+from backend.errors import BackendError
 from backend.geometry import ModelGeometry, load_geometry
 from backend.predictor import GRID_ROWS
 
@@ -43,9 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--geometry", default="llama-3.1-8b")
     args = parser.parse_args(argv)
-    geometry = load_geometry(args.geometry)
+    try:
+        geometry, table = load_geometry(args.geometry), read_csv(args.data / "max_loras_sweep.csv")
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     count = blocks(geometry)
-    block_s = seconds_per_block(pd.read_csv(args.data / "max_loras_sweep.csv"), count)
+    block_s = seconds_per_block(table, count)
     whole_s = block_s * sum(count.values()) * geometry.num_layers
     print(f"{block_s * 1e9:.2f} ns a block, {whole_s * 1e6:.1f} us a slot and {GRID_ROWS} rows")
     return 0
