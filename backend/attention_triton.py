@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -40,10 +42,17 @@ def _take_keys(
 
 
 @triton.jit
+def _share(end, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
+    """Keys of each of the programs that share `end` keys: whole blocks."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N, LEAST)
+
+
+@triton.jit
 def _attention(
     q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, partial_ptr, tiles_ptr, tables_ptr, table_stride, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     enter(PDL)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries see the most keys: they go first
@@ -55,7 +64,7 @@ def _attention(
     position0 = tl.load(tiles_ptr + tile * 4 + 2)
     count = tl.load(tiles_ptr + tile * 4 + 3)
     end = position0 + count
-    share = tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
+    share = _share(end, BLOCK_N, SPLITS, LEAST)
     first = tl.program_id(2) * share
     if first >= end:
         return
@@ -105,7 +114,8 @@ def _attention(
 def _merge_splits(
     partial_ptr, out_ptr, out_stride, tiles_ptr,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     enter(PDL)
     tile = tl.program_id(0)
@@ -120,8 +130,7 @@ def _merge_splits(
     if (request < 0) | (token >= count) | (member >= group):
         return
     end = tl.load(tiles_ptr + tile * 4 + 2) + count
-    blocks = tl.cdiv(end, BLOCK_N)
-    used = tl.cdiv(blocks, tl.cdiv(blocks, SPLITS))
+    used = tl.cdiv(end, _share(end, BLOCK_N, SPLITS, LEAST))
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, dim)
     cell = ((tile * kv_heads + kv_head) * SPLITS + split) * (BLOCK_Q * GROUP) + m
@@ -140,6 +149,32 @@ LEAST_SPLITS, MOST_SPLITS = 4, 32
 
 PROGRAMS = 528
 """Programs that few attention tiles are cut into: four for each of an H100's 132 multiprocessors."""
+
+LEAST_KEYS = 128
+"""Keys of a share at least, where there are so many shares that all processors have some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How tiles are worked on: shares of the keys, keys of each at least, keys at a time, warps, and stages of loads."""
+
+    splits: int
+    least: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def plan(count: int, kv_heads: int, rows: int) -> Plan:
+    """For `count` tiles of `rows` queries times heads; it knows no context, so that a graph serves every one."""
+    if rows > 64:
+        return Plan(1, 64, 64, min(16, rows // 16), 3 if rows <= 128 else 2)
+    splits, programs = 1, count * kv_heads
+    while splits < MOST_SPLITS and 2 * splits * programs <= PROGRAMS:
+        splits *= 2
+    if splits >= LEAST_SPLITS:
+        return Plan(splits, 64 if splits == MOST_SPLITS else LEAST_KEYS, 64, 2, 4)
+    return Plan(1, 128, 128, 8, 2) if 2 * programs <= PROGRAMS else Plan(1, 64, 64, 4, 2)
 
 
 def attention(
@@ -165,20 +200,19 @@ def attention(
     group = triton.next_power_of_2(heads // kv_heads)
     block_q = max(tile_queries, 16 // group)
     rows, scale = block_q * group, dim**-0.5
-    splits = 1
-    while splits < MOST_SPLITS and 2 * splits * count * kv_heads <= PROGRAMS and rows <= 64:
-        splits *= 2
-    splits = splits if splits >= LEAST_SPLITS else 1
-    partial = out
+    chosen = plan(count, kv_heads, rows)
+    splits, partial = chosen.splits, out
     if splits > 1:
         partial = torch.empty(count * kv_heads * splits * rows * (dim + 2), dtype=torch.float32, device=out.device)
-    shapes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "GROUP": group, "BLOCK_Q": block_q, "BLOCK_N": 64}
+    shapes = {
+        "heads": heads, "kv_heads": kv_heads, "dim": dim, "GROUP": group, "BLOCK_Q": block_q,
+        "BLOCK_N": chosen.block_n, "SPLITS": splits, "LEAST": chosen.least,
+    }  # fmt: skip
     _attention[(count, kv_heads, splits)](
         qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), partial, tiles, tables, tables.stride(0), scale,
-        block_size=block_size, SPLITS=splits, num_warps=max(4, min(16, rows // 16)), num_stages=3 if rows <= 128 else 2,
-        **shapes, **overlap(),
+        block_size=block_size, num_warps=chosen.warps, num_stages=chosen.stages, **shapes, **overlap(),
     )  # fmt: skip
     if splits > 1:
         _merge_splits[(count, kv_heads, rows)](
-            partial, out, out.stride(0), tiles, SPLITS=splits, num_warps=1 if splits <= 8 else 4, **shapes, **overlap()
+            partial, out, out.stride(0), tiles, num_warps=1 if splits <= 8 else 4, **shapes, **overlap()
         )

@@ -20,8 +20,9 @@ from backend.step_inputs import DECODE_TILE, IntArray, Padding, StepInputs, lay_
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
 
-GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(320, 513, 64), *range(640, 1025, 128))
-"""Row counts that get a CUDA graph: vLLM's capture sizes to 256 (`compilation.cudagraph_capture_sizes`), coarser above."""
+GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(320, 513, 64), *range(640, 4097, 128))
+"""Row counts that get a CUDA graph: vLLM's capture sizes to 256 (`compilation.cudagraph_capture_sizes`), coarser above, and so far
+that the longer ones, launched kernel by kernel, keep the GPU busy for much longer than the host takes to launch them."""
 
 MAX_GRAPHS = 512
 """Graphs kept; the least recently used one goes first."""
@@ -109,6 +110,11 @@ class LiveBackend:
         self._synchronize()
         return LoadTiming(time.perf_counter() - started, packed.numel() * packed.element_size())
 
+    def is_new(self, batch: StepBatch) -> bool:
+        """Whether no graph serves the step, or the one that will is not captured yet."""
+        padding = self._padding(batch)
+        return padding is None or padding not in self._graphs
+
     def execute(self, batch: StepBatch) -> StepTiming:
         """Run one step; the first use of a graph shape captures it before the clock starts."""
         if len(batch.block_tables) != len(batch.query_lens):
@@ -176,30 +182,29 @@ class LiveBackend:
         cells = [getattr(host, name).numpy() for name in StepInputs.__slots__]
         return cells, DeviceInputs.views(inputs, self._packed)
 
-    def _upload(self, cells: int, requests: int) -> None:
-        self._packed[:cells].copy_(self._host_packed[:cells], non_blocking=True)
-        # Whole rows, though a few blocks are in use: torch takes parts of rows by way of pageable memory and a kernel.
-        self._tables[:requests].copy_(self._host_tables[:requests], non_blocking=True)
+    def _upload(self, cells: int, batch: StepBatch) -> None:
+        rows, width = len(batch.block_tables), max(map(len, batch.block_tables))
+        self.decoder.ops.upload(self._host_packed, self._packed, cells, self._host_tables, self._tables, rows, width)
 
     def again(self, batch: StepBatch) -> StepInputs:
         """Compute a step that was executed once more, outside of all counts and times; returns its layout."""
         inputs = self.layout(batch)
         device_inputs = self._pack(inputs)
-        self._upload(device_inputs.cells, len(batch.block_tables))
+        self._upload(device_inputs.cells, batch)
         self.decoder.forward(device_inputs, self._tables)
         self._synchronize()
         return inputs
 
     def _timed_forward(self, inputs: DeviceInputs, batch: StepBatch, padding: Padding | None) -> float:
-        cells, requests = inputs.cells, len(batch.block_tables)
+        cells = inputs.cells
         if not self.on_cuda:
             started = time.perf_counter()
-            self._upload(cells, requests)
+            self._upload(cells, batch)
             self.decoder.forward(inputs, self._tables)
             return time.perf_counter() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
-        self._upload(cells, requests)
+        self._upload(cells, batch)
         if padding is None:
             self.decoder.forward(inputs, self._tables)
         else:
@@ -220,8 +225,7 @@ class LiveBackend:
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)
         device_inputs = self._pack(inputs)
-        self._packed.copy_(self._host_packed)
-        self._tables.copy_(self._host_tables)
+        self._upload(device_inputs.cells, batch)
         saved = self.decoder.last_token.clone()
         self.decoder.forward(device_inputs, self._tables)
         self._synchronize()

@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 
 
+def upload(
+    host: torch.Tensor,
+    device: torch.Tensor,
+    cells: int,
+    host_tables: torch.Tensor,
+    tables: torch.Tensor,
+    rows: int,
+    width: int,
+) -> None:
+    """Copy the first `cells` of `host` and `width` columns of the first `rows` rows of `host_tables`."""
+    device[:cells].copy_(host[:cells])
+    tables[:rows, :width].copy_(host_tables[:rows, :width])
+
+
 def add_rms_norm(
     x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float
 ) -> None:

@@ -1,4 +1,4 @@
-"""The decoder's small operations as Triton kernels: norm, rotary and KV write, paged attention, SwiGLU."""
+"""The decoder's small operations as Triton kernels: a step's inputs, norm, rotary and KV write, paged attention, SwiGLU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,46 @@ import triton.language as tl
 from backend.attention_triton import attention
 from backend.dependent_launch import enter, overlap
 
-__all__ = ["add_rms_norm", "attention", "rope_and_cache", "silu_mul"]
+__all__ = ["add_rms_norm", "attention", "rope_and_cache", "silu_mul", "upload"]
+
+
+@triton.jit(do_not_specialize=["cells", "width"])
+def _upload(
+    host_ptr, ptr, cells, host_tables_ptr, tables_ptr, stride, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, flat = tl.program_id(0), tl.cdiv(cells, BLOCK)
+    at = tl.arange(0, BLOCK)
+    if program < flat:
+        at += program * BLOCK
+        tl.store(ptr + at, tl.load(host_ptr + at, mask=at < cells), mask=at < cells)
+    else:
+        row = (program - flat).to(tl.int64) * stride
+        for start in range(0, width, BLOCK):
+            mine, cell = start + at < width, row + start + at
+            value = tl.load(host_tables_ptr + cell, mask=mine)
+            tl.store(tables_ptr + cell, value, mask=mine)
+
+
+UPLOAD_BLOCK = 512
+"""Cells that a program of `upload` reads at a time."""
+
+
+def upload(
+    host: torch.Tensor,
+    device: torch.Tensor,
+    cells: int,
+    host_tables: torch.Tensor,
+    tables: torch.Tensor,
+    rows: int,
+    width: int,
+) -> None:
+    """Copy the first `cells` of `host` and `width` columns of the first `rows` rows of `host_tables`, int32 in pinned memory.
+
+    A kernel reads them: the copy engine takes one copy after the other, and a step would wait for all of an adapter's.
+    """
+    grid = (triton.cdiv(cells, UPLOAD_BLOCK) + rows,)
+    _upload[grid](host, device, cells, host_tables, tables, tables.stride(0), width, BLOCK=UPLOAD_BLOCK, num_warps=4)
 
 
 @triton.jit
@@ -102,12 +141,7 @@ def rope_and_cache(
 
 
 @triton.jit
-def _silu_mul(x_ptr, out_ptr, slots_ptr, width, BASE_ONLY: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    enter(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    if BASE_ONLY:
-        if tl.load(slots_ptr + row) >= 0:
-            return
+def _silu_mul_row(x_ptr, out_ptr, row, width, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     gate = tl.load(x_ptr + row * 2 * width + column, mask=mask, other=0.0).to(tl.float32)
@@ -115,9 +149,37 @@ def _silu_mul(x_ptr, out_ptr, slots_ptr, width, BASE_ONLY: tl.constexpr, BLOCK: 
     tl.store(out_ptr + row * width + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
+    _silu_mul_row(x_ptr, out_ptr, tl.program_id(0).to(tl.int64), width, BLOCK)
+
+
+@triton.jit
+def _silu_mul_of_base(
+    x_ptr, out_ptr, slots_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    enter(PDL)
+    first = tl.program_id(0) * ROWS
+    mine = first + tl.arange(0, ROWS)
+    if tl.min(tl.load(slots_ptr + mine, mask=mine < rows, other=0)) >= 0:
+        return
+    for i in range(tl.minimum(ROWS, rows - first)):
+        row = first + i
+        if tl.load(slots_ptr + row) < 0:
+            _silu_mul_row(x_ptr, out_ptr, row.to(tl.int64), width, BLOCK)
+
+
+ROWS_OF_BASE = 8
+"""Rows whose slots a program looks at: in most steps all have adapters, and starting programs is all that it takes."""
+
+
 def silu_mul(x: torch.Tensor, out: torch.Tensor, slots: torch.Tensor | None = None) -> None:
     """SwiGLU: `out[T, w] = silu(x[:, :w]) * x[:, w:]`; with `slots` int32[T] only of rows whose slot is -1."""
-    width = out.shape[1]
-    _silu_mul[(out.shape[0], triton.cdiv(width, 1024))](
-        x, out, x if slots is None else slots, width, BASE_ONLY=slots is not None, BLOCK=1024, num_warps=4, **overlap()
-    )
+    rows, width = out.shape
+    if slots is None:
+        _silu_mul[(rows, triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4, **overlap())
+    else:
+        _silu_mul_of_base[(triton.cdiv(rows, ROWS_OF_BASE), triton.cdiv(width, 2048))](
+            x, out, slots, rows, width, ROWS=ROWS_OF_BASE, BLOCK=2048, num_warps=8, **overlap()
+        )

@@ -35,6 +35,18 @@ def test_rope_rotates_and_writes_the_cache(heads: int, kv_heads: int) -> None:
     assert (results[0][1] == 7.0).any()
 
 
+def test_inputs_go_up_as_far_as_they_are_used() -> None:
+    host, tables = torch.arange(1300, dtype=torch.int32), torch.arange(5 * 700, dtype=torch.int32).view(5, 700)
+    for module in (ops, ops_torch):
+        got, rows = torch.full_like(host, -1), torch.full_like(tables, -1)
+        module.upload(host, got, 1100, tables, rows, 3, 600)
+        assert torch.equal(got[:1100], host[:1100])
+        assert torch.equal(rows[:3, :600], tables[:3, :600])
+        assert (got[1100:] == -1).all()
+        assert (rows[3:] == -1).all()
+        assert (rows[:, 600:] == -1).all()
+
+
 @pytest.mark.parametrize("width", [24, 64])
 def test_norm_adds_to_the_residual(width: int) -> None:
     x, residual, weight = torch.randn(3, width), torch.randn(3, width), torch.randn(width)

@@ -23,7 +23,7 @@ static __device__ __forceinline__ int slice_of(const Expand& p, int column) {
 // The segments of at most N rows in shared memory, and the rank vectors of every sorted position.
 template <int N>
 struct Adapted {
-    int4 tiles[N];    // slot, first position, rows, rank
+    int4 tiles[N];    // slot, first position, rows, rank; high ranks first, so that warps that take them in turn have as much to do
     int rows[N];      // of each position
     int ranks[N];     // of each position
     float scales[N];  // of each row
@@ -40,9 +40,15 @@ struct Adapted {
         }
         const int found = p.header[0];
         meet<3>(HELPERS);
-        for (int t = thread; t < found; t += HELPERS) {
-            const int4 tile = tiles[t] = p.tiles[t];
+        for (int number = thread; number < found; number += HELPERS) {
+            const int4 tile = p.tiles[number];
             const float scale = p.scaling[tile.x];
+            int t = 0;
+            for (int other = 0; other < found; other++) {
+                const int rank = p.tiles[other].w;
+                t += rank > tile.w || (rank == tile.w && other < number);
+            }
+            tiles[t] = tile;
             for (int i = 0; i < tile.z; i++) {
                 ranks[tile.y + i] = tile.w;
                 scales[rows[tile.y + i]] = scale;

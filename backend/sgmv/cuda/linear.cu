@@ -17,7 +17,7 @@ struct Linear {
 template <int MT, int NT>
 static __device__ __forceinline__ void few_deltas(const Linear& p, Adapted<8 * NT>& adapted, u32* h, float* deltas, int tiles,
                                                   int thread) {
-    constexpr int C = 16 * MT, ROWS = 8 * NT, UNITS = 4, WARPS = HELPERS / 32;
+    constexpr int C = 16 * MT, ROWS = 8 * NT, UNITS = 8 / MT, WARPS = HELPERS / 32;
     const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
     for (int i = thread; i < 2 * ROWS * C; i += HELPERS) deltas[i] = NO_DELTA;
     adapted.load(p.lora, p.row_slots, p.rows, p.eights, thread, 1, 0, 1);
