@@ -12,6 +12,12 @@ from backend.base import NO_SLOT, EngineLimits, StepBatch
 CAPTURED = (16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Rows of steps with prompts: where graphs are far apart, every size that is captured (`live.GRAPH_SIZES`)."""
 
+LONGER, BEYOND = (1536, 2048, 3072, 4096), (6144, 8192)
+"""The same of longer steps, and of those that are not captured."""
+
+BETWEEN = tuple(range(1152, 4096, 128))
+"""Captured sizes of which only base products are measured: they jump between sizes, what adapters add does not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -81,17 +87,24 @@ def decode_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
 
 def prefill_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
     """Prefills and chunks, alone and beside decodes."""
-    tokens = (16, 64, 256) if quick else tuple(sorted({*CAPTURED, 1536, 2048, 3072, 4096, 6144, 8192}))
+    tokens = (16, 64, 256) if quick else (*CAPTURED, *LONGER, *BEYOND)
     some = [slots[:n] for rank, slots in room.slots_of_rank.items() if rank in (16, 64) for n in (1, 4, 16)]
     for total in tokens:
-        for active in ((), *some, room.slots):
+        for active in ((), *(some if total <= 2048 else some[1:5:3]), room.slots):
             for parts, context, decodes in ((1, 0, 0), (4, 0, 0), (1, 2048, 0), (1, 0, 16), (1, 0, 64)):
+                if decodes and total in BEYOND:  # a third of all time, for little
+                    continue
                 decodes_fit = min(decodes, total - 1)
                 query = [(total - decodes_fit) // parts] * parts + [1] * decodes_fit
                 slots = _spread(len(query), active)
                 batch = compose(query, [context] * parts + [600] * decodes_fit, slots, room) if min(query) > 0 else None
                 if batch is not None and not (active and context):
                     yield batch
+    for total in () if quick else BETWEEN:
+        for parts in (1, 4) if total not in LONGER else ():
+            batch = compose([total // parts] * parts, [0] * parts, [NO_SLOT] * parts, room)
+            if batch is not None:
+                yield batch
 
 
 def random_steps(room: Room, count: int, rng: np.random.Generator) -> Iterator[StepBatch]:

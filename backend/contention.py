@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,13 +19,11 @@ if TYPE_CHECKING:
     from backend.live import LiveBackend
 
 REPEATS = 9
-EAGER = "2048 prompt tokens"
+EAGER = "6144 prompt tokens"
 """The kind of step measured that no graph is captured for."""
 
-COPIES = 4
-"""Copies one after the other beside a step: longer together than the decodes here, but not than the prompts, which are beside them for a
-part of their time only.
-"""
+ADAPTERS = 4
+"""Adapters that are copied beside a step in turn, until it is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def measure_contention(backend: LiveBackend, room: Room, modules: tuple[str, ...
     from backend.compositions import again, compose
 
     rank, slots = max(room.slots_of_rank.items())
-    adapters = [AdapterShape(20_000 + i, rank, modules) for i in range(COPIES)]
+    adapters = [AdapterShape(20_000 + i, rank, modules) for i in range(ADAPTERS)]
     for adapter in adapters:
         backend.stage(adapter)
     packed = [backend.store.packed(adapter.adapter_id) for adapter in adapters]
@@ -79,7 +80,8 @@ def measure_contention(backend: LiveBackend, room: Room, modules: tuple[str, ...
         with torch.cuda.stream(side):
             begin.record()
             for i in range(count):
-                bank.weights[slots[-1 - i], : len(packed[i])].copy_(packed[i], non_blocking=True)
+                one = packed[i % ADAPTERS]
+                bank.weights[slots[-1 - i % ADAPTERS], : len(one)].copy_(one, non_blocking=True)
             end.record()
 
         def taken_ms() -> float:
@@ -88,29 +90,32 @@ def measure_contention(backend: LiveBackend, room: Room, modules: tuple[str, ...
 
         return taken_ms
 
-    def step_ms(batch: StepBatch, copies: int) -> tuple[float, float]:
-        steps, loads = [], []
+    def medians_ms(batch: StepBatch, copies: int) -> tuple[float, float, float]:
+        """Of the step alone, of the step beside so many copies, and of the copies, in turns: a GPU that rested is faster."""
+        alone, beside, copied = [], [], []
         for _ in range(REPEATS):
-            waiting = copy(copies) if copies else None
-            steps.append(backend.execute(again(batch)).device_s * 1e3)
-            loads.append(waiting() if waiting else 0.0)
-        return float(pd.Series(steps).median()), float(pd.Series(loads).median())
+            waiting = copy(copies)
+            beside.append(backend.execute(again(batch)).device_s * 1e3)
+            copied.append(waiting())
+            alone.append(backend.execute(again(batch)).device_s * 1e3)
+            time.sleep(max(0.0, copied[-1] - beside[-1]) * 1e-3)
+        return median(alone), median(beside), median(copied)
 
-    alone = [copy(1)() for _ in range(REPEATS)]
-    load_ms, others, rows = float(pd.Series(alone).median()), [s for r, s in _pairs(room) if r != rank], []
+    load_ms = median(copy(1)() for _ in range(REPEATS))
+    others, rows = [s for r, s in _pairs(room) if r != rank], []
     for kind, query, context in (
         ("32 decodes", [1] * 32, 500),
         ("256 decodes", [1] * 256, 500),
-        (EAGER, [512] * 4, 0),
+        ("2048 prompt tokens", [512] * 4, 0),
+        (EAGER, [1536] * 4, 0),
     ):
         used = [others[i % len(others)] for i in range(len(query))] if others else [NO_SLOT] * len(query)
         batch = compose(query, [context] * len(query), used, room)
         if batch is None:
             continue
-        backend.execute(again(batch))
-        step, _ = step_ms(batch, 0)
-        beside, _ = step_ms(batch, COPIES)
-        _, one = step_ms(batch, 1)
+        once_ms = max(backend.execute(again(batch)).device_s for _ in range(2)) * 1e3
+        step, beside, _ = medians_ms(batch, 1 + math.ceil(1.5 * once_ms / load_ms))
+        _, _, one = medians_ms(batch, 1)
         rows.append((kind, step, beside, load_ms, one))
     for adapter in adapters:
         backend.drop(adapter.adapter_id)

@@ -14,6 +14,10 @@ PREFILL_TILE = 64
 DECODES_AT_ONCE = 33
 """Decodes whose attention an H100 works on at a time: 132 processors, two programs each, a program a KV head of 8."""
 
+FILLING_DECODES = 25
+"""Decodes whose attention takes the memory's whole bandwidth, where their keys are not split: the number that fits best to the steps
+that profiles are fitted to."""
+
 SPLIT_DECODES = 16
 """Up to so many decodes, the keys of each are split over several programs."""
 

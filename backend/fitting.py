@@ -16,12 +16,12 @@ from backend.regression import Measured
 
 
 def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
-    """Latency and bandwidth through the medians of each rank, both >= 0."""
+    """Latency and bandwidth through the means of each rank, both >= 0: reads have a tail, and a run is as long as all of them together."""
     from scipy.optimize import nnls
 
-    medians = loads[loads["kind"] == kind].groupby("nbytes")["elapsed_s"].median()
-    size = medians.index.to_numpy(dtype=float)
-    weight = 1.0 / medians.to_numpy()
+    means = loads[loads["kind"] == kind].groupby("nbytes")["elapsed_s"].mean()
+    size = means.index.to_numpy(dtype=float)
+    weight = 1.0 / means.to_numpy()
     (latency, per_byte), _ = nnls(np.stack([weight, size * weight], 1) * [1.0, 1e-9], np.ones(len(size)))
     return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +25,16 @@ from backend.live import GRAPH_SIZES, LiveBackend
 from backend.memory import memory_plan
 from backend.profile import Profile, measured_facts, write_profile
 from backend.regression import Engine, fit_predictor
-from backend.rounds import Rounds, measure_rounds
+from backend.rounds import DECODE_TURNS, Rounds, measure_rounds
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANKS = (8, 16, 32, 64)
+ROUNDS = 3
+"""How often prompts are executed; decodes come `rounds.DECODE_TURNS` times as often."""
+
 READS = 4
 """Turns in which adapters are read from disk while loads are measured."""
 
@@ -134,10 +137,12 @@ def compositions(room: Room, *, small: bool) -> list[tuple[str, StepBatch]]:
     return steps + [("held_out", batch) for batch in random_steps(room, count, rng)]
 
 
-def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: bool = False) -> Profile:
+def measure_profile(
+    *, geometry: ModelGeometry, device: str, out: Path, quick: bool = False, between: Callable[[], None] = lambda: None
+) -> Profile:
     """Measure `geometry` on `device` ("cuda" or "cpu") and write the profile into the new folder `out`.
 
-    `quick` measures a coarse grid. Writes `profile.json`, `steps.parquet`, `loads.parquet`; the folder appears whole.
+    `quick` measures a coarse grid; `between` runs before every timed step. Writes `profile.json`, `steps.parquet`, `loads.parquet`; the folder appears whole.
     Finished rounds lie in the folder `out`.part until then: called again, a measurement that was killed goes on.
     Raises `BackendError` if `out` exists, the device cannot hold the model, or `out`.part is of another measurement.
     """
@@ -146,7 +151,11 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
     started = time.perf_counter()
     limits = measuring_limits(device)
     facts = {**describe_device(device), "geometry": geometry.name, "limits": asdict(limits)}
-    same = {"quick": quick, **{name: fact for name, fact in facts.items() if name != "date"}}
+    same = {
+        "quick": quick,
+        "decode_turns": DECODE_TURNS,
+        **{name: fact for name, fact in facts.items() if name != "date"},
+    }
     rounds = Rounds(out.with_name(f"{out.name}.part"), same)
     gpu_bytes = device_bytes(device)
     blocks = memory_plan(geometry, limits, gpu_bytes).num_gpu_blocks
@@ -155,11 +164,10 @@ def measure_profile(*, geometry: ModelGeometry, device: str, out: Path, quick: b
     try:
         room = fill_slots(backend, limits)
         ranks = {slot: rank for rank, slots in room.slots_of_rank.items() for slot in slots}
-        repeats = 3 if quick else 5
         kinds, batches = zip(*compositions(room, small=quick or device == "cpu"), strict=True)
         with watching(enabled=device == "cuda") as watch:
-            timings = measure_rounds(backend, batches, repeats, rounds=rounds)
-        loads = measure_loads(backend, repeats)
+            timings = measure_rounds(backend, batches, ROUNDS, rounds=rounds, between=between)
+        loads = measure_loads(backend, 3 if quick else 5)
         contention = measure_contention(backend, room, ALL_MODULES) if device == "cuda" else None
     finally:
         backend.close()

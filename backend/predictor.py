@@ -2,8 +2,8 @@
 
 A step costs base (by rows) + attention (by keys read) + LoRA (by adapters, ranks, rows); every term's
 coefficient is >= 0, fitted by non-negative least squares on relative error (Lawson & Hanson; scipy).
-Pure decodes, mixed steps small enough for a captured graph, and larger steps launched one kernel at a time are
-three regimes, fitted apart.
+Pure decodes, other captured steps, captured steps of more than `LONG_ROWS[1]` rows, and larger steps launched one kernel at
+a time are four regimes, fitted apart.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from backend.features import DECODES_AT_ONCE, SPLIT_DECODES, StepFeatures
+from backend.features import FILLING_DECODES, SPLIT_DECODES, StepFeatures
 from backend.profile_values import Values
 
 FloatArray = npt.NDArray[np.float64]
 
 BOUNDED = ("rows", "kv_tokens", "max_kv", "prefill_keys", "active_adapters", "rank_sum", "row_rank")
 
-REGIMES = ("decode", "mixed", "eager")
+REGIMES = ("decode", "mixed", "long", "eager")
 
 TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
@@ -42,7 +42,8 @@ BESIDE_ROWS = (64, 128)
 """Steps of more rows than the first, up to the second, have adapters added by few warps beside the base product (`sgmv/base_linear.py`)."""
 
 LONG_ROWS = (512, 1024)
-"""Captured steps between these have the long segments' kernels for adapters of few rows, too (`sgmv/tilings.py`)."""
+"""Captured steps between these have the long segments' kernels for adapters of few rows, too (`sgmv/tilings.py`); longer ones are a
+regime of their own."""
 
 _ATTENTION = 4
 
@@ -102,8 +103,8 @@ class Regime:
         """The features that coefficients multiply; `size` is the row count the step is executed at."""
         tiles = -(-size // self.lora_rows) * self.lora_rows
         lora = hat(tiles, self.lora_knots) if f.active_adapters else [0.0] * len(self.lora_knots)
-        # With too few decodes to fill the processors but too many to split their keys, some idle until the longest ends.
-        idle = max(0, DECODES_AT_ONCE - f.decodes) * f.max_kv if f.decodes > SPLIT_DECODES else 0
+        # With too few decodes to fill the memory's bandwidth but too many to split their keys, some of it idles until the longest ends.
+        idle = max(0, FILLING_DECODES - f.decodes) * f.max_kv if f.decodes > SPLIT_DECODES else 0
         return [
             *hat(size, self.knots),
             *lora,
@@ -150,7 +151,7 @@ class Regime:
 class Predictor:
     """Predicts a step's device and host seconds; `graph_sizes` is empty where nothing is replayed as a graph.
 
-    `regimes`: by name, `decode` and `mixed` (captured) and `eager` (not); the latter is always there.
+    `regimes`: by name, `decode`, `mixed` and `long` (captured) and `eager` (not); the latter is always there.
     """
 
     graph_sizes: tuple[int, ...]
@@ -160,7 +161,8 @@ class Predictor:
         """A step's regime, and the row count it is executed at."""
         if not self.graph_sizes or f.rows > self.graph_sizes[-1]:
             return "eager", f.rows
-        return "decode" if f.decode_only else "mixed", self.graph_sizes[bisect_left(self.graph_sizes, f.rows)]
+        size = self.graph_sizes[bisect_left(self.graph_sizes, f.rows)]
+        return "decode" if f.decode_only else "mixed" if size <= LONG_ROWS[1] else "long", size
 
     def predict(self, f: StepFeatures) -> tuple[float, float, bool]:
         """(device_s, host_s, whether the step lies outside the measured range)."""

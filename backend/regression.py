@@ -10,7 +10,7 @@ import numpy as np
 
 from backend.errors import BackendError
 from backend.features import StepFeatures
-from backend.predictor import BOUNDED, TERMS, FloatArray, Predictor, Regime, hat, host_terms
+from backend.predictor import BOUNDED, REGIMES, TERMS, FloatArray, Predictor, Regime, hat, host_terms
 
 _LEAN = frozenset({"prefill_keys", "active_adapters", "wide_adapters"})
 """Those that a sparse table, of one rank and one context, can tell apart."""
@@ -112,7 +112,7 @@ def fit_predictor(measured: Measured, engine: Engine, online: Measured | None = 
     placing = Predictor(engine.graph_sizes, {})
     placed = [placing.regime(f) for f in measured.steps]
     regimes: dict[str, Regime] = {}
-    for name in ("decode", "mixed", "eager"):
+    for name in REGIMES:
         chosen = [i for i, (regime, _) in enumerate(placed) if regime == name]
         if not chosen:
             continue

@@ -1,8 +1,9 @@
-"""Measuring steps in rounds: every composition once, in an order of its own, round after round.
+"""Measuring steps in rounds: every composition, in an order of its own, round after round.
 
-A step that is repeated on the spot meets a cooler GPU than it does in a loaded engine: measured in one mixed order, one
-after the other without a pause, an H100's steps of many requests took 4 % longer. Rounds that were finished are kept in a
-folder, so that a measurement that was killed goes on with the round it was in.
+How long a step takes depends on what ran before it: at its power limit a GPU lowers its clock after prompts, and raises it again
+in decodes. So they are mixed in one order without a pause, as an engine's are, and decodes come `DECODE_TURNS` times in each
+round: each once, the GPU would be at prompts five sixths of the time. Rounds that were finished are kept in a folder, so that a
+measurement that was killed goes on with the round it was in.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,12 +23,19 @@ from backend.base import StepBatch, StepTiming
 from backend.compositions import again
 from backend.errors import BackendError
 
+DECODE_TURNS = 4
+"""How often a round executes each composition that has no prompt."""
+
 
 class Executes(Protocol):
     """The part of a live backend that rounds need."""
 
     def hold_tables(self, batch: StepBatch) -> None:
         """Write the batch's block tables, as the step before would have."""
+        ...
+
+    def is_new(self, batch: StepBatch) -> bool:
+        """Whether the step's first use takes longer than later ones."""
         ...
 
     def execute(self, batch: StepBatch) -> StepTiming:
@@ -55,7 +63,7 @@ class Rounds:
         return self.folder / f"round-{number}.parquet"
 
     def done(self, number: int) -> pd.DataFrame | None:
-        """A finished round: `device_s`, `host_s` of each composition; None if it was not finished."""
+        """A finished round, a row a step: `composition` (its number), `device_s`, `host_s`; None if it was not finished."""
         return pd.read_parquet(self._file(number)) if self._file(number).is_file() else None
 
     def keep(self, number: int, timings: pd.DataFrame) -> None:
@@ -70,33 +78,50 @@ class Rounds:
 
 
 def measure_rounds(
-    backend: Executes, batches: Sequence[StepBatch], count: int, *, rounds: Rounds, seed: int = 0
+    backend: Executes,
+    batches: Sequence[StepBatch],
+    count: int,
+    *,
+    rounds: Rounds,
+    between: Callable[[], None] = lambda: None,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Median seconds of each batch over `count` rounds: `device_s, host_s, elapsed_s`, and `p10_s, p90_s` of elapsed.
+    """Seconds of each batch over `count` rounds: the median `device_s`, the mean `host_s`, their sum `elapsed_s`, and
+    `p10_s, p90_s` of the whole step. The host's times have a tail, and a run is as long as all of them together.
 
-    What is not yet in `rounds` is executed, after a first pass over all batches that is not timed (graphs are captured,
-    kernels compiled).
+    What is not yet in `rounds` is executed, with `between` before every step, after a first pass over all batches that are
+    new, which is not timed (graphs are captured, kernels compiled).
     """
     missing = [number for number in range(count) if rounds.done(number) is None]
     if missing:
         for batch in tqdm(batches, desc="first use", disable=not sys.stderr.isatty(), unit="step"):
-            backend.execute(batch)
+            if backend.is_new(batch):
+                backend.execute(batch)
     for number in missing:
         rng = np.random.default_rng((seed, number))
-        rounds.keep(number, _one_round(backend, batches, rng, f"round {number + 1} of {count}"))
-    tables = [table for number in range(count) if (table := rounds.done(number)) is not None]
-    device = np.stack([table["device_s"].to_numpy() for table in tables])
-    elapsed = device + np.stack([table["host_s"].to_numpy() for table in tables])
-    device_s, elapsed_s = np.median(device, 0), np.median(elapsed, 0)
-    p10_s, p90_s = np.quantile(elapsed, (0.1, 0.9), axis=0)
-    columns = {"device_s": device_s, "host_s": np.maximum(0.0, elapsed_s - device_s), "elapsed_s": elapsed_s}
-    return pd.DataFrame({**columns, "p10_s": p10_s, "p90_s": p90_s})
+        rounds.keep(number, _one_round(backend, batches, between, rng, f"round {number + 1} of {count}"))
+    steps = pd.concat([table for number in range(count) if (table := rounds.done(number)) is not None])
+    steps["elapsed_s"] = steps["device_s"] + steps["host_s"]
+    of = steps.groupby("composition")
+    seconds = pd.DataFrame({"device_s": of["device_s"].median(), "host_s": of["host_s"].mean()})
+    seconds["elapsed_s"] = seconds["device_s"] + seconds["host_s"]
+    for share in (10, 90):
+        seconds[f"p{share}_s"] = of["elapsed_s"].quantile(share / 100)
+    return seconds.reset_index(drop=True)
 
 
-def _one_round(backend: Executes, batches: Sequence[StepBatch], rng: np.random.Generator, name: str) -> pd.DataFrame:
-    timings: list[StepTiming | None] = [None] * len(batches)
-    for i in tqdm(rng.permutation(len(batches)).tolist(), desc=name, disable=not sys.stderr.isatty(), unit="step"):
+def _turns(batches: Sequence[StepBatch]) -> list[int]:
+    """The compositions of a round, not yet in its order."""
+    return [i for i, batch in enumerate(batches) for _ in range(DECODE_TURNS if max(batch.query_lens) == 1 else 1)]
+
+
+def _one_round(
+    backend: Executes, batches: Sequence[StepBatch], between: Callable[[], None], rng: np.random.Generator, name: str
+) -> pd.DataFrame:
+    rows: list[tuple[int, float, float]] = []
+    for i in tqdm(rng.permutation(_turns(batches)).tolist(), desc=name, disable=not sys.stderr.isatty(), unit="step"):
         backend.hold_tables(batches[i])
-        timings[i] = backend.execute(again(batches[i]))
-    rows = [(timing.device_s, timing.host_s) for timing in timings if timing is not None]
-    return pd.DataFrame(rows, columns=["device_s", "host_s"])
+        between()
+        timing = backend.execute(again(batches[i]))
+        rows.append((i, timing.device_s, timing.host_s))
+    return pd.DataFrame(rows, columns=["composition", "device_s", "host_s"])

@@ -22,6 +22,7 @@ from backend.errors import BackendError
 from backend.geometry import load_geometry
 from backend.live import LiveBackend
 from backend.measure import describe_device
+from benchmarks.outputs import csv_file
 from sim.config import EngineConfig
 from sim.engine import simulate
 from sim.run import limits_of
@@ -127,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--requests", type=int, default=1100, help="to serve; each takes about ten steps")
     flags.add_argument("--backend", default="cuda", choices=("cuda", "cpu"))
     flags.add_argument("--geometry", default="llama-3.1-8b", help="a shipped geometry or a config.json")
-    flags.add_argument("--out", type=Path, default=Path("churn.csv"), help="the CSV file to write; facts lie beside it")
+    flags.add_argument(
+        "--out", type=csv_file, default=Path("churn.csv"), help="the CSV file to write; facts lie beside it"
+    )
     args = flags.parse_args(argv)
     try:
         watched, tables = churn(args.geometry, args.backend, args.requests)

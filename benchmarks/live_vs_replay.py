@@ -35,6 +35,8 @@ KEYS = (
     "p50_tpot_ms",
     "p99_tpot_ms",
     "mean_e2el_ms",
+    "p50_e2el_ms",
+    "p99_e2el_ms",
     "adapter_hit_rate",
     "adapter_activations",
     "load_share",

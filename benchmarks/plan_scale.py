@@ -1,6 +1,6 @@
 """How long a plan over three kinds of GPU and 200 adapters takes.
 
-Two kinds are the shipped profiles, measured on H100s. No third GPU has been measured: the third is the first one's profile
+Two kinds are shipped profiles of Llama-3.1-8B, measured on H100s. No third GPU has been measured: the third is the first one's profile
 with every step 1.6 times as long, a made-up kind that is there to be searched and says nothing about any real GPU.
 
     python -m benchmarks.plan_scale [--jobs N] [--rate RPS]

@@ -20,6 +20,7 @@ import pandas as pd
 
 from backend.errors import BackendError
 from benchmarks import sgmv_plot
+from benchmarks.outputs import csv_file
 
 COLUMNS = "impl,layer,T,distribution,n_adapters,rank,median_us,min_us,floor_us,base_gemm_us,rel_err".split(",")
 KEYS = ["layer", "T", "distribution", "n_adapters", "rank"]
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sgmv", description=__doc__)
     parser.add_argument("--cell", action="append", help="run this cell once, measure nothing")
     parser.add_argument(
-        "--out", type=Path, default=Path("sgmv.csv"), help="the CSV file to write; others lie beside it"
+        "--out", type=csv_file, default=Path("sgmv.csv"), help="the CSV file to write; others lie beside it"
     )
     parser.add_argument("--peers", type=Path, help="folder with the peers' kernels.csv and layer_with_base.csv")
     parser.add_argument(

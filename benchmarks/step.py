@@ -23,6 +23,7 @@ import pandas as pd
 from backend.base import EngineLimits
 from backend.errors import BackendError
 from backend.geometry import load_geometry
+from benchmarks.outputs import csv_file
 from benchmarks.step_kernels import kernels, show_kernels
 from benchmarks.step_tables import compare_decode, compare_prefill, compare_profile
 
@@ -218,7 +219,9 @@ def measure(args: argparse.Namespace, parts: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    flags.add_argument("--out", type=Path, default=Path("step.csv"), help="the CSV file to write; others lie beside it")
+    flags.add_argument(
+        "--out", type=csv_file, default=Path("step.csv"), help="the CSV file to write; others lie beside it"
+    )
     flags.add_argument("--geometry", default="llama-3.1-8b", help="a shipped geometry or a config.json")
     flags.add_argument("--vllm", type=Path, help="folder with vLLM's decode_grid.csv and prefill.csv")
     flags.add_argument("--profile", help="a shipped profile or a profile folder to hold the steps against")

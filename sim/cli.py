@@ -168,8 +168,10 @@ def _measured(args: argparse.Namespace) -> Profile:
             **needed,
         )
     from backend.measure import measure_profile
+    from sim.background import BackgroundEngine
 
-    return measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick)
+    between = BackgroundEngine().step
+    return measure_profile(geometry=geometry, device=args.device, out=args.out, quick=args.quick, between=between)
 
 
 def _online(logs: list[Path], max_loras: list[int]) -> list[tuple[Path, int]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backend.base import EngineLimits
 from backend.geometry import load_geometry
-from backend.predictor import BOUNDED, HOST_TERMS, TERMS, Predictor, Regime
+from backend.predictor import BOUNDED, HOST_TERMS, LONG_ROWS, TERMS, Predictor, Regime
 from backend.profile import LoadCurve, Profile, load_profile, shipped_profiles
 from backend.replay import ReplayBackend
 from sim import compiled_inputs
@@ -100,10 +100,9 @@ def profile_of(w: dict) -> Profile:
             tuple(rng.random(HOST_TERMS) * 1e-3) if launch else (), int(rng.choice([1, 32])),
         )  # fmt: skip
 
-    graphs = () if rng.random() < 0.3 else (1, 2, 4, 8)
-    regimes = {"eager": regime(True), "decode": regime(False)} | (
-        {"mixed": regime(False)} if rng.random() < 0.5 else {}
-    )
+    graphs = [(), (1, 2, 4, 8), (1, 2, 4, 8, LONG_ROWS[1] + 1)][rng.integers(3)]
+    some = [name for name in ("mixed", "long") if rng.random() < 0.5]
+    regimes = {"eager": regime(True), "decode": regime(False)} | {name: regime(False) for name in some}
     return Profile("random", 1 << 34, Predictor(graphs, regimes), LoadCurve(1e-3, 1e10), LoadCurve(1e-4, 1e11), {}, {})
 
 

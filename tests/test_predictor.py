@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backend.base import StepBatch
 from backend.errors import BackendError
-from backend.features import DECODES_AT_ONCE, PREFILL_TILE, TILES_AT_ONCE, StepFeatures
+from backend.features import DECODES_AT_ONCE, FILLING_DECODES, PREFILL_TILE, TILES_AT_ONCE, StepFeatures
 from backend.fitting import accuracy, composition, features_of, with_features
 from backend.measure import refit_profile
 from backend.profile import load_profile, measured_steps
@@ -72,7 +72,7 @@ def test_planted_attention_comes_back() -> None:
     steps += [step([2000 + 500 * i], [0]) for i in range(4)]
 
     def device(f: StepFeatures) -> float:
-        idle = max(0, DECODES_AT_ONCE - f.decodes) * f.max_kv if f.decodes > 16 else 0
+        idle = max(0, FILLING_DECODES - f.decodes) * f.max_kv if f.decodes > 16 else 0
         return 5e-3 + 1e-5 * f.rows + 4e-8 * f.kv_tokens + 2e-8 * (f.kv_tail + idle) + 9e-8 * f.prefill_keys
 
     device_s = np.array([device(f) for f in steps])
@@ -82,6 +82,18 @@ def test_planted_attention_comes_back() -> None:
         assert sum(predictor.predict(f)[:2]) == pytest.approx(device(f) + 1e-3, rel=0.01)
 
 
+def test_captured_steps_of_many_rows_are_a_regime_of_their_own() -> None:
+    """Planted: microseconds of a step by the rows it is executed at, and of one that is launched kernel by kernel."""
+    planted = {64: 64, 700: 1024, 1024: 1024, 1100: 4096, 2048: 4096, 3000: 18000, 4000: 24000}
+    steps = tuple(step([rows], [0]) for rows in planted for _ in range(3))
+    took_s = np.array([1e-6 * us for us in planted.values() for _ in range(3)])
+    predictor = fit_predictor(Measured(steps, took_s, 0 * took_s, 0 * took_s), Engine((64, 1024, 2048)))
+    named = [predictor.regime(step([rows], [0])) for rows in (60, 1024, 1025, 2048, 2049)]
+    assert named == [("mixed", 64), ("mixed", 1024), ("long", 2048), ("long", 2048), ("eager", 2049)]
+    for rows, us in ((1000, 1024), (1500, 4096), (3500, 21000)):
+        assert predictor.predict(step([rows], [0]))[0] == pytest.approx(1e-6 * us, rel=0.01)
+
+
 def test_a_table_of_steps_gives_its_features_back() -> None:
     batch = StepBatch((1, 30), (7, 0), (1, -1), (True, True))
     table = pd.DataFrame([{"kind": "grid", **composition(batch, RANKS)}])
@@ -89,14 +101,15 @@ def test_a_table_of_steps_gives_its_features_back() -> None:
     assert with_features(table)["rows"].tolist() == [31]
 
 
-def test_the_shipped_profile_is_what_its_steps_fit(tmp_path: Path) -> None:
-    made = refit_profile(MEASURED, tmp_path / "h100-llama-3.1-8b")
-    shipped = load_profile("h100-llama-3.1-8b")
+@pytest.mark.parametrize("name", ["h100-llama-3.1-8b", "h100-llama-3.2-1b"])
+def test_the_shipped_profiles_are_what_their_steps_fit(name: str, tmp_path: Path) -> None:
+    made = refit_profile(MEASURED.with_name(name), tmp_path / name)
+    shipped = load_profile(name)
     assert made.accuracy == pytest.approx(shipped.accuracy, rel=1e-6)
     assert made.accuracy["steps"] == 300
     assert made.accuracy["mape"] <= 0.03
     assert made.accuracy["p95"] <= 0.08
-    steps = pd.read_parquet(measured_steps("h100-llama-3.1-8b") or "")
+    steps = pd.read_parquet(measured_steps(name) or "")
     assert accuracy(shipped.predictor, steps[steps["kind"] == "held_out"]) == pytest.approx(made.accuracy, rel=1e-6)
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from backend.base import StepBatch, StepTiming
 from backend.errors import BackendError
-from backend.rounds import Rounds, measure_rounds
+from backend.rounds import DECODE_TURNS, Rounds, measure_rounds
 
-BATCHES = [StepBatch((1,) * n, (5,) * n, (-1,) * n, (True,) * n, ((0,),) * n) for n in (1, 2, 3, 4)]
+BATCHES = [StepBatch((2,) * n, (5,) * n, (-1,) * n, (True,) * n, ((0,),) * n) for n in (1, 2, 3, 4)]
 
 
 class Clocked:
@@ -22,6 +22,9 @@ class Clocked:
 
     def hold_tables(self, batch: StepBatch) -> None:
         self.held = batch
+
+    def is_new(self, batch: StepBatch) -> bool:
+        return True
 
     def execute(self, batch: StepBatch) -> StepTiming:
         if len(self.seen) == self.most:
@@ -43,6 +46,16 @@ def test_the_median_leaves_the_first_use_out(tmp_path: Path) -> None:
     orders = [tuple(backend.seen[i : i + 4]) for i in range(4, 16, 4)]
     assert all(sorted(order) == [1, 2, 3, 4] for order in orders)
     assert len(set(orders)) > 1
+
+
+def test_decodes_come_more_often_and_every_time_counts(tmp_path: Path) -> None:
+    decode = StepBatch((1,) * 5, (5,) * 5, (-1,) * 5, (True,) * 5, ((0,),) * 5)
+    backend = Clocked()
+    table = measure_rounds(backend, [*BATCHES, decode], 3, rounds=Rounds(tmp_path / "part", {}))
+    assert [backend.seen.count(n) for n in (1, 2, 3, 4, 5)] == [4, 4, 4, 4, 1 + 3 * DECODE_TURNS]
+    assert table["device_s"].tolist()[4] == pytest.approx(1e-3 * (5 + (1 + 3 * DECODE_TURNS) / 2))
+    orders = [backend.seen[i : i + 4 + DECODE_TURNS] for i in range(5, len(backend.seen), 4 + DECODE_TURNS)]
+    assert any(order[-1] != 5 for order in orders), "not at the end of a round, but among the others"
 
 
 def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from backend.geometry import load_geometry
-from benchmarks.step import FRESH, LIMITS, PROMPTS, RANK, first
+from benchmarks.step import FRESH, LIMITS, PROMPTS, RANK, first, main
 from benchmarks.step_kernels import charged, part_of, show_kernels
 from benchmarks.step_tables import compare_profile
 
@@ -69,3 +69,10 @@ def test_prompts_of_new_lengths_are_told_from_repeated_ones() -> None:
     assert table["first_ms"].tolist() == table["tokens"].tolist() == list(FRESH)
     assert set(table["again_ms"]) == {3.0} and set(table["again_device_ms"]) == {1.5}
     assert not set(FRESH) & {tokens for tokens, _ in PROMPTS}
+
+
+def test_a_table_is_not_written_where_its_facts_go(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--only", "compare", "--out", "step.json"])
+    assert stopped.value.code == 2
+    assert "step.json must end in .csv" in capsys.readouterr().err

@@ -103,11 +103,11 @@ PYBIND11_MODULE(_native, m) {
         }));
 
     py::class_<StepCosts, std::shared_ptr<StepCosts>>(m, "StepCosts")
-        .def(py::init([](std::vector<Int> graph_sizes, std::array<Int, 11> sizes, double factor) {
+        .def(py::init([](std::vector<Int> graph_sizes, std::array<Int, 12> sizes, double factor) {
             StepCosts costs;
             costs.graph_sizes = std::move(graph_sizes);
             costs.sizes = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],  sizes[5],
-                           sizes[6], sizes[7], sizes[8], sizes[9], sizes[10]};
+                           sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11]};
             costs.factor = factor;
             return costs;
         }))
@@ -115,8 +115,9 @@ PYBIND11_MODULE(_native, m) {
                           std::vector<double> lora_knots, std::vector<double> device, std::vector<double> host,
                           std::vector<double> launch, std::array<double, BOUNDED> low, std::array<double, BOUNDED> high,
                           Int lora_rows) {
-            (name == "eager" ? costs.eager : name == "decode" ? costs.decode : costs.mixed) = Regime{std::move(knots), std::move(lora_knots), std::move(device), std::move(host),
-                                   std::move(launch), low, high, lora_rows};
+            auto& regime = name == "eager" ? costs.eager : name == "decode" ? costs.decode : name == "long" ? costs.longer : costs.mixed;
+            regime = Regime{std::move(knots), std::move(lora_knots), std::move(device), std::move(host),
+                            std::move(launch), low, high, lora_rows};
         });
 
     py::class_<Engine>(m, "Engine")

@@ -23,7 +23,7 @@ struct Timing { double device_s, host_s; bool extrapolated; };
 class StepCosts {
   public:
     std::vector<Int> graph_sizes;
-    std::optional<Regime> eager, decode, mixed;
+    std::optional<Regime> eager, decode, mixed, longer;
     FeatureSizes sizes{};
     double factor = 1.0;  // of all steps, for a what-if
 
@@ -43,7 +43,7 @@ class StepCosts {
         Decodes(const StepCosts& costs, const Features& f) : costs_(costs), f_(f) {
             Int size = f.rows;
             regime_ = &costs.regime(f, size);
-            tail_tokens_ = f.decodes > costs.sizes.split_decodes ? std::max<Int>(0, costs.sizes.decodes_at_once - f.decodes) : 0;
+            tail_tokens_ = f.decodes > costs.sizes.split_decodes ? std::max<Int>(0, costs.sizes.filling_decodes - f.decodes) : 0;
             const double* c = costs.hats_s(*regime_, f, size, base_);
             kv_ = c[0];
             tail_ = c[1];
@@ -87,7 +87,7 @@ class StepCosts {
     const Regime& regime(const Features& f, Int& size) const {
         if (graph_sizes.empty() || f.rows > graph_sizes.back()) return *eager;
         size = *std::lower_bound(graph_sizes.begin(), graph_sizes.end(), f.rows);
-        const std::optional<Regime>& captured = f.decode_only ? decode : mixed;
+        const std::optional<Regime>& captured = f.decode_only ? decode : size <= sizes.long_to ? mixed : longer;
         return captured ? *captured : *eager;
     }
 
@@ -128,7 +128,7 @@ class StepCosts {
     double device_s(const Regime& r, const Features& f, Int size) const {
         double total = 0.0;
         const double* c = hats_s(r, f, size, total);
-        const Int idle = f.decodes > sizes.split_decodes ? std::max<Int>(0, sizes.decodes_at_once - f.decodes) * f.max_kv : 0;
+        const Int idle = f.decodes > sizes.split_decodes ? std::max<Int>(0, sizes.filling_decodes - f.decodes) * f.max_kv : 0;
         total += *c++ * static_cast<double>(f.kv_tokens);
         total += *c++ * static_cast<double>(f.kv_tail + idle);
         for (Int term : rest_of(f, size, sizes)) total += *c++ * static_cast<double>(term);
