@@ -2,7 +2,7 @@
 
 How long a step takes depends on what ran before it: at its power limit a GPU lowers its clock after prompts, and raises it again
 in decodes. So they are mixed in one order without a pause, as an engine's are, and decodes come `DECODE_TURNS` times in each
-round: each once, the GPU would be at prompts five sixths of the time. Rounds that were finished are kept in a folder, so that a
+round: each once, the GPU would be at prompts most of the time. Rounds that were finished are kept in a folder, so that a
 measurement that was killed goes on with the round it was in.
 """
 
