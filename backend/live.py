@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,8 +74,11 @@ class LiveBackend:
         self.deterministic = deterministic
         # Decodes and prompts go through one kernel then, whose keys are never split.
         self._short_tile = 0 if deterministic else DECODE_TILE
+        # Whole graphs: a profile knows no other sizes.
+        most = limits.max_num_batched_tokens
+        room = replace(limits, max_num_batched_tokens=padded_size(most) or most)
         self.decoder = Decoder(
-            geometry, limits, num_gpu_blocks, dtype=dtype, device=self.device, seed=seed, deterministic=deterministic
+            geometry, room, num_gpu_blocks, dtype=dtype, device=self.device, seed=seed, deterministic=deterministic
         )
         self.store = HostStore(geometry, self.decoder.bank.layout, dtype, pinned=self.on_cuda, seed=seed)
         self.steps_executed = 0
@@ -82,7 +86,7 @@ class LiveBackend:
         self._host_tables = torch.zeros((limits.max_num_seqs, width), dtype=torch.int32, pin_memory=self.on_cuda)
         self._tables = torch.zeros_like(self._host_tables, device=self.device)
         self._held_tables: list[tuple[int, ...]] = [()] * limits.max_num_seqs
-        size = 16 * limits.max_num_batched_tokens + 4096
+        size = 16 * room.max_num_batched_tokens + 4096
         self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
         self._packed = torch.zeros_like(self._host_packed, device=self.device)
         self._rooms: OrderedDict[tuple[object, ...], tuple[list[IntArray], DeviceInputs]] = OrderedDict()
@@ -157,9 +161,7 @@ class LiveBackend:
     def _padding(self, batch: StepBatch) -> Padding | None:
         """What a step is padded to; None where no graph serves it (CPU, or too many rows)."""
         size = padded_size(sum(batch.query_lens)) if self.on_cuda else None
-        if size is None or size > self.limits.max_num_batched_tokens:
-            return None
-        return Padding.of(batch, size, self.decoder.long_tile, self._short_tile)
+        return None if size is None else Padding.of(batch, size, self.decoder.long_tile, self._short_tile)
 
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
         arrays = inputs.arrays()

@@ -138,6 +138,14 @@ def test_the_adapter_matters_and_missing_modules_are_zero() -> None:
     assert (partial.decoder.bank.b(1, down, 0) == 0).all()
 
 
+@pytest.mark.parametrize(("budget", "rows"), [(1030, 1152), (2048, 2048), (5000, 5000)])
+def test_a_step_as_long_as_allowed_has_a_graph_or_is_beyond_all(budget: int, rows: int) -> None:
+    limits = EngineLimits(2, 16, 4, budget, 64, 4, 0.9)
+    backend = LiveBackend(load_geometry("tiny"), limits, 20, device="cpu")
+    assert len(backend.decoder.residual) == rows
+    backend.close()
+
+
 def test_step_layout_covers_every_row() -> None:
     batch = StepBatch((1, 40, 3), (9, 5, 0), (0, -1, 1), (True, False, True), ((3,), (0, 1, 2), (5,)))
     inputs = lay_out(batch, np.array([[3, 0, 0], [0, 1, 2], [5, 0, 0]], dtype=np.int32), 16, 32)
