@@ -151,7 +151,7 @@ PROGRAMS = 528
 """Programs that few attention tiles are cut into: four for each of an H100's 132 multiprocessors."""
 
 LEAST_KEYS = 128
-"""Keys of a share at least, where there are so many shares that all processors have some."""
+"""Keys of a share at least; those of one or two requests are shared further, as few processors have any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ class LiveBackend:
         self.deterministic = deterministic
         # Decodes and prompts go through one kernel then, whose keys are never split.
         self._short_tile = 0 if deterministic else DECODE_TILE
-        # Whole graphs: a profile knows no other sizes.
+        # Whole graphs: a profile knows no other sizes. (On the CPU, which has none, a few rows are never used.)
         most = limits.max_num_batched_tokens
         room = replace(limits, max_num_batched_tokens=padded_size(most) or most)
         self.decoder = Decoder(
@@ -117,7 +117,7 @@ class LiveBackend:
     def is_new(self, batch: StepBatch) -> bool:
         """Whether no graph serves the step, or the one that will is not captured yet."""
         padding = self._padding(batch)
-        return padding is None or padding not in self._graphs
+        return padding not in self._graphs
 
     def execute(self, batch: StepBatch) -> StepTiming:
         """Run one step; the first use of a graph shape captures it before the clock starts."""

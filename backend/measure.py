@@ -138,7 +138,7 @@ def compositions(room: Room, *, small: bool) -> list[tuple[str, StepBatch]]:
 
 
 def measure_profile(
-    *, geometry: ModelGeometry, device: str, out: Path, quick: bool = False, between: Callable[[], None] = lambda: None
+    *, geometry: ModelGeometry, device: str, out: Path, quick: bool = False, between: Callable[[], None] | None = None
 ) -> Profile:
     """Measure `geometry` on `device` ("cuda" or "cpu") and write the profile into the new folder `out`.
 
@@ -151,11 +151,8 @@ def measure_profile(
     started = time.perf_counter()
     limits = measuring_limits(device)
     facts = {**describe_device(device), "geometry": geometry.name, "limits": asdict(limits)}
-    same = {
-        "quick": quick,
-        "decode_turns": DECODE_TURNS,
-        **{name: fact for name, fact in facts.items() if name != "date"},
-    }
+    facts |= {"rounds": ROUNDS, "decode_turns": DECODE_TURNS, "engine_between": between is not None}
+    same = {"quick": quick, **{name: fact for name, fact in facts.items() if name != "date"}}
     rounds = Rounds(out.with_name(f"{out.name}.part"), same)
     gpu_bytes = device_bytes(device)
     blocks = memory_plan(geometry, limits, gpu_bytes).num_gpu_blocks
@@ -166,7 +163,7 @@ def measure_profile(
         ranks = {slot: rank for rank, slots in room.slots_of_rank.items() for slot in slots}
         kinds, batches = zip(*compositions(room, small=quick or device == "cpu"), strict=True)
         with watching(enabled=device == "cuda") as watch:
-            timings = measure_rounds(backend, batches, ROUNDS, rounds=rounds, between=between)
+            timings = measure_rounds(backend, batches, ROUNDS, rounds=rounds, between=between or (lambda: None))
         loads = measure_loads(backend, 3 if quick else 5)
         contention = measure_contention(backend, room, ALL_MODULES) if device == "cuda" else None
     finally:

@@ -162,7 +162,12 @@ class Predictor:
         if not self.graph_sizes or f.rows > self.graph_sizes[-1]:
             return "eager", f.rows
         size = self.graph_sizes[bisect_left(self.graph_sizes, f.rows)]
-        return "decode" if f.decode_only else "mixed" if size <= LONG_ROWS[1] else "long", size
+        return "decode" if f.decode_only else "long" if size > LONG_ROWS[1] else "mixed", size
+
+    def _fitted(self, name: str) -> Regime:
+        """The regime that stands for `name`: profiles of engines whose steps did not tell it apart lack some."""
+        spare = self.regimes.get("mixed") if name == "long" else None
+        return self.regimes.get(name) or spare or self.regimes["eager"]
 
     def predict(self, f: StepFeatures) -> tuple[float, float, bool]:
         """(device_s, host_s, whether the step lies outside the measured range)."""
@@ -172,7 +177,7 @@ class Predictor:
     def split(self, f: StepFeatures) -> tuple[Regime, float, float, float]:
         """The step's regime, and the seconds of its kernels, of the launches beside them (0: not known), and of the host's rest."""
         name, size = self.regime(f)
-        regime = self.regimes.get(name) or self.regimes["eager"]
+        regime = self._fitted(name)
         terms = host_terms(f)
         launch = dot(regime.launch, terms) if regime.launch else 0.0
         return regime, dot(regime.device, regime.terms(f, size)), launch, dot(regime.host, terms)
@@ -180,7 +185,7 @@ class Predictor:
     def parts(self, f: StepFeatures) -> dict[str, float]:
         """Device seconds by what causes them (`Regime.parts`)."""
         name, size = self.regime(f)
-        return (self.regimes.get(name) or self.regimes["eager"]).parts(f, size)
+        return self._fitted(name).parts(f, size)
 
     def to_json(self) -> dict[str, object]:
         """Plain data for `profile.json`."""

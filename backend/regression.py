@@ -111,6 +111,8 @@ def fit_predictor(measured: Measured, engine: Engine, online: Measured | None = 
     """
     placing = Predictor(engine.graph_sizes, {})
     placed = [placing.regime(f) for f in measured.steps]
+    if all(f.active_adapters for f, (name, _) in zip(measured.steps, placed, strict=True) if name == "long"):
+        placed = [("mixed" if name == "long" else name, size) for name, size in placed]  # too few to be told apart
     regimes: dict[str, Regime] = {}
     for name in REGIMES:
         chosen = [i for i, (regime, _) in enumerate(placed) if regime == name]

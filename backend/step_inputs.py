@@ -1,4 +1,4 @@
-"""What a live step needs beside weights: a `StepBatch` turned into flat int32 arrays, padded and packed for one copy."""
+"""What a live step needs beside weights: a `StepBatch` turned into flat int32 arrays, padded and packed to go up together."""
 
 from __future__ import annotations
 

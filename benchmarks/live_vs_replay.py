@@ -76,7 +76,7 @@ KINDS = (
     ("with prompts, 257 to 1024 tokens", 1, 257, 1024),
     ("with prompts, more", 1, 1025, None),
 )
-"""Kinds of steps: name, whether prompts are among them, least and most tokens. Those above 1 024 are in no CUDA graph."""
+"""Kinds of steps: name, whether prompts are among them, least and most tokens."""
 
 
 def _kind(steps: pd.DataFrame, prompts: int, least: int, most: int | None) -> pd.DataFrame:

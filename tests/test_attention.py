@@ -19,12 +19,13 @@ interpreted = pytest.mark.skipif(
 
 @interpreted
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
-@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize(("splits", "programs"), [(1, 528), (8, 528), (32, 64), (1, 4)])
 def test_attention_equals_the_reference(
-    heads: int, kv_heads: int, splits: int, monkeypatch: pytest.MonkeyPatch
+    heads: int, kv_heads: int, splits: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ops = pytest.importorskip("backend.attention_triton", reason="triton is not installed")
     monkeypatch.setattr(ops, "MOST_SPLITS", splits)
+    monkeypatch.setattr(ops, "PROGRAMS", programs)
     dim, size, query, context = 16, 4, (1, 1, 3, 9, 9), (300, 0, 90, 20, 150)
     blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
     ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
@@ -48,6 +49,15 @@ def test_attention_equals_the_reference(
         outs.append(out)
     assert torch.isfinite(outs[1]).all()
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_plans_fill_the_processors_whatever_the_batch() -> None:
+    ops = pytest.importorskip("backend.attention_triton", reason="triton is not installed")
+    plans = {count: ops.plan(count, 8, 16) for count in (1, 2, 3, 16, 17, 33, 34, 256)}
+    assert {count: (p.splits, p.least, p.block_n) for count, p in plans.items()} == {
+        1: (32, 64, 64), 2: (32, 64, 64), 3: (16, 128, 64), 16: (4, 128, 64),
+        17: (1, 128, 128), 33: (1, 128, 128), 34: (1, 64, 64), 256: (1, 64, 64),
+    }  # fmt: skip
 
 
 def test_tiles_of_long_chunks_fill_a_processor() -> None:

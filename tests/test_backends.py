@@ -12,7 +12,7 @@ from backend.base import AdapterShape, EngineLimits, StepBatch
 from backend.errors import BackendError
 from backend.features import StepFeatures
 from backend.geometry import load_geometry
-from backend.live import LiveBackend
+from backend.live import GRAPH_SIZES, LiveBackend
 from backend.measure import ALL_MODULES, measure_profile
 from backend.profile import load_profile, shipped_profiles
 from backend.step_inputs import DECODE_TILE, lay_out
@@ -143,6 +143,10 @@ def test_a_step_as_long_as_allowed_has_a_graph_or_is_beyond_all(budget: int, row
     limits = EngineLimits(2, 16, 4, budget, 64, 4, 0.9)
     backend = LiveBackend(load_geometry("tiny"), limits, 20, device="cpu")
     assert len(backend.decoder.residual) == rows
+    backend.on_cuda = True
+    padding = backend._padding(StepBatch((budget,), (0,), (-1,), (True,)))
+    backend.on_cuda = False
+    assert (padding.rows if padding else None) == (rows if rows <= GRAPH_SIZES[-1] else None)
     backend.close()
 
 

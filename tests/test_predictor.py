@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_captured_steps_of_many_rows_are_a_regime_of_their_own() -> None:
     assert named == [("mixed", 64), ("mixed", 1024), ("long", 2048), ("long", 2048), ("eager", 2049)]
     for rows, us in ((1000, 1024), (1500, 4096), (3500, 21000)):
         assert predictor.predict(step([rows], [0]))[0] == pytest.approx(1e-6 * us, rel=0.01)
+    lora = tuple(
+        step([rows], [0], [0] if rows == 1500 else None) for rows in (64, 700, 1024, 1500, 3000, 4000) for _ in range(3)
+    )
+    few_s = np.full(len(lora), 1e-3)
+    merged = fit_predictor(Measured(lora, few_s, 0 * few_s, 0 * few_s), Engine((64, 1024, 2048)))
+    assert set(merged.regimes) == {"mixed", "eager"}
+    fewer = replace(predictor, regimes={k: r for k, r in predictor.regimes.items() if k != "long"})
+    assert fewer.split(step([1500], [0]))[0] is predictor.regimes["mixed"], (
+        "of an engine whose steps do not tell it apart"
+    )
 
 
 def test_a_table_of_steps_gives_its_features_back() -> None:

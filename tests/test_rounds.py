@@ -24,7 +24,7 @@ class Clocked:
         self.held = batch
 
     def is_new(self, batch: StepBatch) -> bool:
-        return True
+        return len(batch.query_lens) not in self.seen
 
     def execute(self, batch: StepBatch) -> StepTiming:
         if len(self.seen) == self.most:
@@ -46,6 +46,14 @@ def test_the_median_leaves_the_first_use_out(tmp_path: Path) -> None:
     orders = [tuple(backend.seen[i : i + 4]) for i in range(4, 16, 4)]
     assert all(sorted(order) == [1, 2, 3, 4] for order in orders)
     assert len(set(orders)) > 1
+
+
+def test_what_is_not_new_is_executed_in_rounds_alone(tmp_path: Path) -> None:
+    backend = Clocked()
+    backend.seen = [3]
+    measure_rounds(backend, [*BATCHES, BATCHES[0]], 1, rounds=Rounds(tmp_path / "part", {}))
+    assert backend.seen[1:4] == [1, 2, 4], "each once, though the first is there twice"
+    assert sorted(backend.seen[4:]) == [1, 1, 2, 3, 4]
 
 
 def test_decodes_come_more_often_and_every_time_counts(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class StepCosts {
     const Regime& regime(const Features& f, Int& size) const {
         if (graph_sizes.empty() || f.rows > graph_sizes.back()) return *eager;
         size = *std::lower_bound(graph_sizes.begin(), graph_sizes.end(), f.rows);
-        const std::optional<Regime>& captured = f.decode_only ? decode : size <= sizes.long_to ? mixed : longer;
+        const std::optional<Regime>& captured = f.decode_only ? decode : size > sizes.long_to && longer ? longer : mixed;
         return captured ? *captured : *eager;
     }
 
