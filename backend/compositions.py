@@ -15,7 +15,7 @@ CAPTURED = (16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 LONGER, BEYOND = (1536, 2048, 3072, 4096), (6144, 8192)
 """The same of longer steps, and of those that are not captured."""
 
-BETWEEN = tuple(range(1152, 4096, 128))
+BETWEEN = tuple(size for size in range(1152, 4096, 128) if size not in LONGER)
 """Captured sizes of which only base products are measured: they jump between sizes, what adapters add does not."""
 
 
@@ -88,9 +88,10 @@ def decode_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
 def prefill_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
     """Prefills and chunks, alone and beside decodes."""
     tokens = (16, 64, 256) if quick else (*CAPTURED, *LONGER, *BEYOND)
-    some = [slots[:n] for rank, slots in room.slots_of_rank.items() if rank in (16, 64) for n in (1, 4, 16)]
     for total in tokens:
-        for active in ((), *(some if total <= 2048 else some[1:5:3]), room.slots):
+        counts = (1, 4, 16) if total <= 2048 else (4,)
+        some = [slots[:n] for rank, slots in room.slots_of_rank.items() if rank in (16, 64) for n in counts]
+        for active in ((), *some, room.slots):
             for parts, context, decodes in ((1, 0, 0), (4, 0, 0), (1, 2048, 0), (1, 0, 16), (1, 0, 64)):
                 if decodes and total in BEYOND:  # a third of all time, for little
                     continue
@@ -101,7 +102,7 @@ def prefill_grid(room: Room, quick: bool) -> Iterator[StepBatch]:
                 if batch is not None and not (active and context):
                     yield batch
     for total in () if quick else BETWEEN:
-        for parts in (1, 4) if total not in LONGER else ():
+        for parts in (1, 4):
             batch = compose([total // parts] * parts, [0] * parts, [NO_SLOT] * parts, room)
             if batch is not None:
                 yield batch

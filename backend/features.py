@@ -12,7 +12,7 @@ PREFILL_TILE = 64
 """Queries of a prompt that attention takes together, as our kernels do (`step_inputs.prefill_tile`)."""
 
 DECODES_AT_ONCE = 33
-"""Decodes whose attention an H100 works on at a time: 132 processors, two programs each, a program a KV head of 8."""
+"""Decodes whose attention an H100 is taken to work on at a time: two programs on each of 132 processors, a program a KV head of 8."""
 
 FILLING_DECODES = 25
 """Decodes whose attention takes the memory's whole bandwidth, where their keys are not split: the number that fits best to the steps
