@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from backend.dependent_launch import enter, overlap
+from backend.dependent_launch import let_next_start, overlap, wait_for_previous
 
 
 @triton.jit
@@ -42,6 +42,37 @@ def _take_keys(
 
 
 @triton.jit
+def _rotated(row, cos_sin, there, dim: tl.constexpr):
+    """Vectors of `dim` at pointers `row`, rotated as `rope_and_cache` does; `cos_sin`: where those of their positions begin."""
+    half: tl.constexpr = dim // 2
+    d = tl.arange(0, dim)[None, :]
+    value = tl.load(row + d, mask=there, other=0.0)
+    other = tl.load(row + (d + half) % dim, mask=there, other=0.0).to(tl.float32)
+    cos = tl.load(cos_sin + d % half, mask=there, other=0.0)
+    sin = tl.load(cos_sin + half + d % half, mask=there, other=0.0)
+    turned = tl.where(d < half, -other, other) * sin
+    return (value.to(tl.float32) * cos + turned).to(value.dtype)
+
+
+@triton.jit
+def _write_keys(
+    row, cos_sin_ptr, k_ptr, v_ptr, table, kv_head, position0, first, last,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr, COUNT: tl.constexpr,
+    row_stride,
+):  # fmt: skip
+    """Keys and values of a tile's own tokens that are among `first` to `last`, into their cells of the cache."""
+    token = tl.arange(0, COUNT)
+    position = position0 + token
+    mine = (position >= first) & (position < last)
+    block = tl.load(table + position // block_size, mask=mine, other=0).to(tl.int64)
+    cell = ((block * kv_heads + kv_head) * block_size + position % block_size)[:, None] * dim
+    row = row + (token.to(tl.int64) * row_stride)[:, None] + (heads + kv_head) * dim
+    d, there = tl.arange(0, dim)[None, :], mine[:, None]
+    tl.store(k_ptr + cell + d, _rotated(row, cos_sin_ptr + position[:, None] * dim, there, dim), mask=there)
+    tl.store(v_ptr + cell + d, tl.load(row + kv_heads * dim + d, mask=there, other=0.0), mask=there)
+
+
+@triton.jit
 def _share(end, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
     """Keys of each of the programs that share `end` keys: whole blocks."""
     return tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N, LEAST)
@@ -49,12 +80,12 @@ def _share(end, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr
 
 @triton.jit
 def _attention(
-    q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, partial_ptr, tiles_ptr, tables_ptr, table_stride, scale,
+    q_ptr, q_stride, k_ptr, v_ptr, out_ptr, out_stride, partial_ptr, tiles_ptr, tables_ptr, table_stride, cos_sin_ptr, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
-    PDL: tl.constexpr,
+    ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    let_next_start(PDL)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries see the most keys: they go first
     kv_head = tl.program_id(1)
     request = tl.load(tiles_ptr + tile * 4)
@@ -75,17 +106,24 @@ def _attention(
     live = (token < count) & (member < group)
     d = tl.arange(0, dim)
     head = kv_head * group + member
-    q = tl.load(
-        q_ptr + (row0 + token).to(tl.int64)[:, None] * q_stride + head[:, None] * dim + d[None, :],
-        mask=live[:, None],
-        other=0.0,
-    )
-    peak = tl.full((BLOCK_Q * GROUP,), -1.0e30, dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q * GROUP,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_Q * GROUP, dim), dtype=tl.float32)
     table = tables_ptr + request.to(tl.int64) * table_stride
     last = tl.minimum(end, first + share)
     position = position0 + token
+    queries = q_ptr + (row0 + token).to(tl.int64)[:, None] * q_stride + head[:, None] * dim
+    wait_for_previous(PDL)
+    if ROTATE:
+        q = _rotated(queries, cos_sin_ptr + position[:, None] * dim, live[:, None], dim)
+        if last > position0:
+            _write_keys(
+                q_ptr + row0.to(tl.int64) * q_stride, cos_sin_ptr, k_ptr, v_ptr, table, kv_head, position0, first, last,
+                heads, kv_heads, dim, block_size, BLOCK_Q, q_stride,
+            )  # fmt: skip
+        tl.debug_barrier()  # what some threads of the program wrote the others read
+    else:
+        q = tl.load(queries + d[None, :], mask=live[:, None], other=0.0)
+    peak = tl.full((BLOCK_Q * GROUP,), -1.0e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q * GROUP,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_Q * GROUP, dim), dtype=tl.float32)
     scale = scale * 1.4426950408889634
     seen = first
     if BLOCK_Q * GROUP > 64:  # many queries: whole blocks that all of them see need no masks
@@ -117,7 +155,7 @@ def _merge_splits(
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    let_next_start(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     m = tl.program_id(2)
@@ -135,6 +173,7 @@ def _merge_splits(
     d = tl.arange(0, dim)
     cell = ((tile * kv_heads + kv_head) * SPLITS + split) * (BLOCK_Q * GROUP) + m
     there = split < used
+    wait_for_previous(PDL)
     peak = tl.load(partial_ptr + cell * (dim + 2) + dim, mask=there, other=-1.0e30)
     total = tl.load(partial_ptr + cell * (dim + 2) + dim + 1, mask=there, other=0.0)
     acc = tl.load(partial_ptr + cell[:, None] * (dim + 2) + d[None, :], mask=there[:, None], other=0.0)
@@ -186,11 +225,13 @@ def attention(
     tables: torch.Tensor,
     heads: int,
     tile_queries: int,
+    cos_sin: torch.Tensor | None = None,
 ) -> None:
     """Causal grouped-query attention over paged keys and values.
 
     `tiles` int32[n, 4]: (request or -1, first row, its position, queries <= tile_queries); `tables` int32[requests, blocks];
-    `out` [T, heads * dim]. Keys of the step itself must be in the cache already. Few tiles have their keys split over
+    `out` [T, heads * dim]. Keys of the step itself must be in the cache already; with `cos_sin` float32[max_len, dim] they are
+    rotated and written there by this, and queries rotated: for steps none of whose requests has two tiles. Few tiles have their keys split over
     several programs (as in flash decoding); how many depends on `n` alone, so that a graph serves every context.
     """
     count = tiles.shape[0]
@@ -209,7 +250,8 @@ def attention(
         "BLOCK_N": chosen.block_n, "SPLITS": splits, "LEAST": chosen.least,
     }  # fmt: skip
     _attention[(count, kv_heads, splits)](
-        qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), partial, tiles, tables, tables.stride(0), scale,
+        qkv, qkv.stride(0), k_cache, v_cache, out, out.stride(0), partial, tiles, tables, tables.stride(0),
+        out if cos_sin is None else cos_sin, scale, ROTATE=cos_sin is not None,
         block_size=block_size, num_warps=chosen.warps, num_stages=chosen.stages, **shapes, **overlap(),
     )  # fmt: skip
     if splits > 1:

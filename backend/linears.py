@@ -81,10 +81,17 @@ def gated_with_lora(
     *,
     kernels: bool,
 ) -> None:
-    """`activated` [T, w] = silu(gate) * up of every row; `gate_up` [T, 2 w] is where the base product goes.
+    """`activated` [T, w] = silu(gate) * up of every row; `gate_up` [T, 2 w] is where the base product goes, if it goes anywhere.
 
-    Where the batch is long, adapted rows get their LoRA product and SwiGLU in one launch. `ops`: whose `silu_mul`.
+    With few rows the base product adds LoRA's part and applies SwiGLU; where the batch is long, adapted rows get their LoRA
+    product and SwiGLU in one launch. `ops`: whose `silu_mul`.
     """
+    lora = (bank, linear, segments) if segments is not None else None
+    if kernels and base_linear.takes_gated(x, weight, lora):
+        if segments is not None:
+            cuda_kernels.shrink(x, bank, linear, segments, late=False)
+        base_linear.gated(x, weight, activated, lora)
+        return
     if segments is None or not kernels or not cuda_kernels.takes_swiglu(linear, segments):
         linear_with_lora(x, weight, gate_up, None, bank, linear, segments, kernels=kernels)
         ops.silu_mul(gate_up, activated)

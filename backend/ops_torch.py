@@ -61,6 +61,7 @@ def attention(
     tables: torch.Tensor,
     heads: int,
     tile_queries: int,  # noqa: ARG001 - one signature with the Triton kernel, which needs it
+    cos_sin: torch.Tensor | None = None,
 ) -> None:
     """Causal grouped-query attention over paged keys and values; shapes as in `ops_triton`."""
     _, kv_heads, block_size, dim = k_cache.shape
@@ -68,6 +69,10 @@ def attention(
         if request < 0:
             continue
         end = position + count
+        if cos_sin is not None:
+            positions = torch.arange(position, end)
+            cells = tables[request, positions // block_size] * block_size + positions % block_size
+            rope_and_cache(qkv[row : row + count], cos_sin, positions, cells, k_cache, v_cache, heads)
         blocks = tables[request, : -(-end // block_size)].long()
         k = k_cache[blocks].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :end]
         v = v_cache[blocks].transpose(0, 1).reshape(kv_heads, -1, dim)[:, :end]

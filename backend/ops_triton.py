@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from backend.attention_triton import attention
-from backend.dependent_launch import enter, overlap
+from backend.dependent_launch import enter, let_next_start, overlap, wait_for_previous
 
 __all__ = ["add_rms_norm", "attention", "rope_and_cache", "silu_mul", "upload"]
 
@@ -55,16 +55,17 @@ def upload(
 def _add_rms_norm(
     x_ptr, residual_ptr, weight_ptr, out_ptr, width, eps, has_x: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    enter(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
     value = tl.load(residual_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
     if has_x:
         value += tl.load(x_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(residual_ptr + row * width + column, value.to(residual_ptr.dtype.element_ty), mask=mask)
     scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * width + column, (value * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -86,7 +87,7 @@ def _rope_and_cache(
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, block_size: tl.constexpr,
     ROTATED: tl.constexpr, COPIED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    let_next_start(PDL)
     t = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + t)
     slot = tl.load(kv_slots_ptr + t).to(tl.int64)
@@ -98,6 +99,7 @@ def _rope_and_cache(
     d = tl.arange(0, half)
     cos = tl.load(cos_sin_ptr + position * dim + d)[None, :]
     sin = tl.load(cos_sin_ptr + position * dim + half + d)[None, :]
+    wait_for_previous(PDL)
     head = tl.arange(0, ROTATED)[:, None]  # of q, then of k
     there = head < heads + kv_heads
     base = qkv_ptr + t * qkv_stride + head * dim + d[None, :]

@@ -86,7 +86,10 @@ def _kind(steps: pd.DataFrame, prompts: int, least: int, most: int | None) -> pd
 
 
 def by_kind(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, object]]:
-    """How long steps of each kind take, live and replayed, and how many tokens they have: where the two part."""
+    """How long steps of each kind take, live and replayed, and how many tokens they have: where the two part.
+
+    `load_most_ms`: what the slowest of them waited for adapters; live, one slow read delays all that are waiting.
+    """
     found: list[dict[str, object]] = []
     for name, *which in KINDS:
         row: dict[str, object] = {"kind": name}
@@ -94,6 +97,7 @@ def by_kind(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, object]]
             mine = _kind(steps, *which)
             row |= {f"{side}_steps": len(mine), f"{side}_tokens": float(mine["tokens"].mean())}
             row |= {f"{side}_{part}_ms": float(mine[f"{part}_s"].mean() * 1e3) for part in ("device", "host", "load")}
+            row[f"{side}_load_most_ms"] = float(mine["load_s"].max() * 1e3)
         if row["live_steps"] and row["replay_steps"]:
             found.append(row)
     return found
@@ -115,7 +119,7 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     report: dict[str, object] = {
         "device": describe_device(args.backend),
         "duration_s": args.duration_s,
-        "profile": args.profile,
+        "profile": Path(args.profile).name,
         "profile_measured": measured_when(args.profile),
     }
     for name in args.scenarios:
@@ -135,7 +139,7 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """The scenarios of an earlier comparison replayed once more."""
     report: dict[str, object] = json.loads(args.again.read_text())
     args.duration_s = report["duration_s"]
-    report |= {"profile": args.profile, "profile_measured": measured_when(args.profile)}
+    report |= {"profile": Path(args.profile).name, "profile_measured": measured_when(args.profile)}
     for name, rows in report.items():
         if isinstance(rows, dict) and "live_wall_s" in rows:
             live = {key: rows[key]["live"] for key in KEYS}

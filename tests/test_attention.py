@@ -51,6 +51,43 @@ def test_attention_equals_the_reference(
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
 
 
+@interpreted
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
+@pytest.mark.parametrize("most_splits", [1, 32])
+def test_short_requests_are_rotated_and_cached_by_attention_itself(
+    heads: int, kv_heads: int, most_splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rotary, cache writes and attention one after the other: also where a request's own tokens lie in two shares of its keys."""
+    ops = pytest.importorskip("backend.attention_triton", reason="triton is not installed")
+    monkeypatch.setattr(ops, "MOST_SPLITS", most_splits)
+    dim, size, query, context = 16, 4, (1, 1, 3, 4, 2), (300, 0, 62, 126, 511)
+    blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
+    ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
+    tables, starts = np.zeros((5, max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
+    for i, count in enumerate(blocks):
+        tables[i, :count] = ids[starts[i] : starts[i] + count]
+    inputs = lay_out(StepBatch(query, context, (-1,) * 5, (True,) * 5), tables, size, 64)
+    assert not len(inputs.prefill_tiles)
+    torch.manual_seed(0)
+    qkv = torch.randn(inputs.rows, (heads + 2 * kv_heads) * dim)
+    cache, cos_sin = torch.randn(2, len(ids), kv_heads, size, dim), torch.randn(600, dim)
+    tiles = torch.from_numpy(np.concatenate([inputs.decode_tiles, np.full((1, 4), -1, dtype=np.int32)]))
+    results = []
+    for module in (ops, ops_torch):
+        (k, v), out = cache.clone(), torch.full((inputs.rows, heads * dim), float("nan"))
+        module.attention(qkv.clone(), k, v, out, tiles, torch.from_numpy(tables), heads, DECODE_TILE, cos_sin)
+        results.append((out, k, v))
+    apart, (k, v), out = qkv.clone(), cache.clone(), torch.empty_like(results[0][0])
+    ops_torch.rope_and_cache(
+        apart, cos_sin, torch.from_numpy(inputs.positions), torch.from_numpy(inputs.kv_slots), k, v, heads
+    )
+    ops_torch.attention(apart, k, v, out, tiles, torch.from_numpy(tables), heads, DECODE_TILE)
+    for ours, reference, steps in zip(*results, (out, k, v), strict=True):
+        torch.testing.assert_close(ours, steps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(reference, steps)
+    assert not torch.equal(k, cache[0])
+
+
 def test_plans_fill_the_processors_whatever_the_batch() -> None:
     ops = pytest.importorskip("backend.attention_triton", reason="triton is not installed")
     plans = {count: ops.plan(count, 8, 16) for count in (1, 2, 3, 16, 17, 33, 34, 256)}

@@ -13,7 +13,7 @@ from backend.sgmv.nvrtc import Kernels
 
 ROOM = 227 * 1024
 WIDE = {f"linear_wide_{rows}_{groups}": ROOM - 4096 for rows in (64, 128) for groups in (1, 2)}
-FEW = {f"linear_{rows}": ROOM - 1024 for rows in (8, 16, 32)}
+FEW = {f"linear_{kind}{rows}": ROOM - 1024 for kind in ("", "gated_") for rows in (8, 16, 32)}
 HOPPER = Kernels({}, {**FEW, **WIDE}, 132)
 AMPERE = Kernels({}, dict.fromkeys(FEW, 163 * 1024), 108)
 LINEARS = {
@@ -40,6 +40,16 @@ def test_a_launch_fits_its_processor(name: str, rank: int, rows: int) -> None:
     assert plan.grid % plan.cluster == 0
     tiles = -(-sum(slices) // plan.columns)
     assert plan.grid == tiles * plan.cluster if plan.cluster > 1 else plan.grid <= min(tiles, HOPPER.processors)
+
+
+@pytest.mark.parametrize("rank", [0, 16, 64, 128])
+@pytest.mark.parametrize("rows", [1, 8, 9, 17, 32])
+def test_gate_and_up_of_few_rows_are_one_launch_with_swiglu(rank: int, rows: int) -> None:
+    plan = base_linear._gated(rows, 14336, rank, HOPPER)
+    assert plan is not None and plan.shared_bytes <= HOPPER.rooms[plan.name] and plan.grid == HOPPER.processors
+    assert rows <= int(plan.name.split("_")[2])
+    assert base_linear._gated(rows, 14340, rank, HOPPER) is None, "gate and up must be cut alike"
+    assert base_linear._gated(33, 14336, rank, HOPPER) is None
 
 
 def test_slices_that_do_not_end_with_a_tile_are_left_to_others() -> None:

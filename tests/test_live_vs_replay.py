@@ -59,6 +59,8 @@ def test_steps_of_a_kind_are_held_against_each_other() -> None:
     assert few["live_device_ms"] == few["replay_device_ms"] == pytest.approx(15.0)
     assert (many["kind"], many["replay_tokens"]) == ("decodes, more", 40.0)
     assert prompts["kind"] == "with prompts, more"
+    assert prompts["live_load_most_ms"] == prompts["live_load_ms"] == pytest.approx(20.0)
+    assert few["live_load_most_ms"] == 1.0
     assert prompts["replay_device_ms"] == pytest.approx(0.5 * float(str(prompts["live_device_ms"])))
 
 

@@ -160,7 +160,8 @@ def test_cuda_kernels_compile(capability: tuple[int, int], half: bool) -> None:
     wide = (
         {f"linear_wide_{rows}_{groups}" for rows in (64, 128) for groups in (1, 2)} if capability == (9, 0) else set()
     )
-    for name in {*RESIDENT_BLOCKS, "segment_map", "settle", "linear_8", "linear_16", "linear_32", *wide}:
+    few = {f"linear_{kind}{rows}" for kind in ("", "gated_") for rows in (8, 16, 32)}
+    for name in {*RESIDENT_BLOCKS, "segment_map", "settle", *few, *wide}:
         assert name.encode() in cubin
     for name in {kernel for tiling in ALL for kernel in (tiling.shrink, tiling.expand)}:
         assert any(known.startswith(name) for known in RESIDENT_BLOCKS)

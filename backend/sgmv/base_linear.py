@@ -1,7 +1,7 @@
 """The base product of few rows together with what LoRA adds to it, as one kernel that follows `cuda_kernels.shrink`.
 
-Up to 32 rows `linear_*` (`cuda/linear.cu`), on GPUs with enough shared memory; up to 128 rows `linear_wide_*`
-(`cuda/linear_wide.cu`), on Hopper. While most warps stream the base weights, others compute B h of the adapted rows.
+Up to 32 rows `linear_*` (`cuda/linear.cu`), on GPUs with enough shared memory, and `linear_gated_*` for gate and up, which
+applies SwiGLU; up to 128 rows `linear_wide_*` (`cuda/linear_wide.cu`), on Hopper. While most warps stream the base weights, others compute B h of the adapted rows.
 """
 
 from __future__ import annotations
@@ -65,6 +65,19 @@ def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch 
     return None
 
 
+def _gated(rows: int, half: int, rank: int, run: Kernels) -> Launch | None:
+    """`linear_gated_*`: sixteen rows of gate's weight and of up's, each `half` long."""
+    for eights, depth in ((1, 3), (2, 3), (4, 2)):
+        most = 8 * eights
+        shared = 8 * depth * (32 + most) * 128 + 8 * most * 36 * 4
+        if rank:
+            shared += 4 * most * 2 * (32 + rank + 4)
+        name = f"linear_gated_{most}"
+        if rows <= most and half % 16 == 0 and shared <= run.rooms[name]:
+            return Launch(name, min(half // 16, run.processors), 384 if rank else 256, shared, 16)
+    return None
+
+
 def _wide(rows: int, slices: tuple[int, ...], width: int, rank: int, run: Kernels) -> Launch | None:
     """`linear_wide_*`: 64 or 128 rows of the weight and all rows of x a block."""
     features, most = sum(slices), 64 if rows <= 64 else 128
@@ -102,6 +115,28 @@ def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora
     return bias is None and _plan(x, lora[1].out_features if lora else (len(weight),), lora) is not None
 
 
+def _gated_plan(x: torch.Tensor, weight: torch.Tensor, lora: Lora | None) -> Launch | None:
+    rows, width = x.shape
+    if width % 8 or rows > 32:
+        return None
+    return _gated(rows, len(weight) // 2, padded_rank(lora[0].max_lora_rank) if lora else 0, kernels(x.dtype))
+
+
+def takes_gated(x: torch.Tensor, weight: torch.Tensor, lora: Lora | None = None) -> bool:
+    """Whether `gated` serves `x` [T, in] and `weight` [2 w, in]: few rows."""
+    return _gated_plan(x, weight, lora) is not None
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor, activated: torch.Tensor, lora: Lora | None = None) -> None:
+    """`activated` [T, w] = silu(gate) * up, where gate and up are the halves of what `linear` makes of `weight` [2 w, in].
+
+    The bits are those of `linear` and then `ops_triton.silu_mul`, which reads gate and up from memory.
+    """
+    plan = _gated_plan(x, weight, lora)
+    assert plan is not None, "see takes_gated"
+    _launch_few(plan, x, weight, activated, lora)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora | None = None) -> None:
     """`out = x @ weight.T`, plus the LoRA product of the adapted rows if `lora`; see `takes`.
 
@@ -110,22 +145,36 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora 
     `cuda_kernels.expand` after it. A row's bits do not depend on the other rows' values.
     """
     slices = lora[1].out_features if lora else (len(weight),)
-    plan, run = _plan(x, slices, lora), kernels(x.dtype)
+    plan = _plan(x, slices, lora)
     assert plan is not None, "see takes"
-    common = (x.shape[0], x.shape[1], len(weight))
-    if plan.depth:
-        maps = _map(weight, len(weight), plan.columns), _map(x, len(x), len(x))
-        stage_bytes = (plan.columns + len(x)) * BOX * 2
-        args = WideArgs(*maps, out.data_ptr(), None, out.stride(0), *common, 0, plan.depth, stage_bytes)
-    else:
-        args = LinearArgs(x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, x.stride(0), out.stride(0), *common, 0)
+    if not plan.depth:
+        _launch_few(plan, x, weight, out, lora)
+        return
+    maps = _map(weight, len(weight), plan.columns), _map(x, len(x), len(x))
+    stage_bytes = (plan.columns + len(x)) * BOX * 2
+    args = WideArgs(
+        *maps, out.data_ptr(), None, out.stride(0), *x.shape, len(weight), 0, plan.depth, stage_bytes
+    )  # fmt: skip
+    _launch(plan, args, x, out, lora)
+
+
+def _launch_few(plan: Launch, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora | None) -> None:
+    args = LinearArgs(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, x.stride(0), out.stride(0), *x.shape, len(weight), 0
+    )  # fmt: skip
+    _launch(plan, args, x, out, lora)
+
+
+def _launch(plan: Launch, args: ctypes.Structure, x: torch.Tensor, out: torch.Tensor, lora: Lora | None) -> None:
     if lora:
         bank, layout, segments = lora
         args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.cuts[0].tiling.tile_rows // 8
         groups = columns(layout.out_features, plan.columns)[2]
         pieces = -(-x.shape[1] // PIECE)
         args.lora = expand_args(out, bank, layout, segments, segments.cuts[0], groups=groups, pieces=pieces, long_run=1)
-    run.launch(plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=True, cluster=plan.cluster)
+    kernels(x.dtype).launch(
+        plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=True, cluster=plan.cluster
+    )
 
 
 def _map(matrix: torch.Tensor, rows: int, box_rows: int) -> ctypes.Array[ctypes.c_ulonglong]:

@@ -74,3 +74,33 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(model: str, ranks: 
                 compared += 1
     print(f"{compared} batches compared bit for bit")
     assert compared > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model", SHAPES)
+def test_swiglu_in_the_base_product_has_the_bits_of_both_apart(model: str, dtype: torch.dtype) -> None:
+    from backend import ops_triton
+
+    ranks = [8, 16, 64, 32, 1, 24, 50, 64]
+    bank, rng = random_bank(SHAPES[model], ranks, dtype), np.random.default_rng(0)
+    linear = bank.layout.layers[0]["gate_up"]
+    weight = torch.randn(sum(linear.out_features), linear.in_features, device="cuda", dtype=dtype)
+    weight *= linear.in_features**-0.5
+    for rows in (1, 2, 7, 8, 9, 16, 17, 31, 32):
+        buffers = Segments.allocate(rows, bank)
+        x = torch.randn(rows, linear.in_features, device="cuda", dtype=dtype)
+        for most in (len(ranks), 2, 0, None):
+            gate_up = torch.full((rows, len(weight)), float("nan"), device="cuda", dtype=dtype)
+            apart = torch.full((rows, len(weight) // 2), float("nan"), device="cuda", dtype=dtype)
+            together, lora = apart.clone(), None
+            if most is not None:
+                slots = torch.tensor(rng.integers(-1, most, rows), dtype=torch.int32, device="cuda")
+                buffers.partials.fill_(float("nan"))
+                lora = bank, linear, buffers.of(slots, bank)
+                cuda_kernels.shrink(x, *lora, late=False)
+            assert base_linear.takes_gated(x, weight, lora)
+            base_linear.linear(x, weight, gate_up, lora)
+            ops_triton.silu_mul(gate_up, apart)
+            base_linear.gated(x, weight, together, lora)
+            assert torch.isfinite(apart).all()
+            assert torch.equal(together, apart), f"{rows} rows of {most} adapters"
