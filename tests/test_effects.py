@@ -95,7 +95,7 @@ def test_effects_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert printed.count("an adapter of rank") == 1
     assert "an adapter of rank 64 (336 MB): disk to host" in printed
-    assert "max_loras 8; profile MAPE 1.5%" in printed
+    assert "max_loras 8; profile MAPE 1.6%" in printed
     assert len(pd.read_parquet(out / "effects.parquet")) == 4
     assert (out / "effects.txt").read_text() in printed
 
