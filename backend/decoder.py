@@ -172,7 +172,7 @@ class Decoder:
     def _attend(self, layer: int, qkv: torch.Tensor, inputs: DeviceInputs, tables: torch.Tensor) -> torch.Tensor:
         k, v, heads = self.k_cache[layer], self.v_cache[layer], self.geometry.num_heads
         out = self.heads_out[: len(qkv)]
-        if not len(inputs.prefill_tiles):
+        if not len(inputs.prefill_tiles):  # no request has two tiles then, so none needs keys that another tile writes
             self.ops.attention(qkv, k, v, out, inputs.decode_tiles, tables, heads, DECODE_TILE, self.cos_sin)
             return out
         self.ops.rope_and_cache(qkv, self.cos_sin, inputs.positions, inputs.kv_slots, k, v, heads)

@@ -151,8 +151,7 @@ class _Bench:
         backend, decoder = self.backend, self.decoder
         (batch,) = self.batches(setting, 1)
         inputs = backend._pack(backend.layout(batch))
-        backend._packed.copy_(backend._host_packed)
-        backend._tables.copy_(backend._host_tables)
+        backend._upload(inputs.cells, batch)
         qkv = decoder.qkv[: setting.batch].normal_()
 
         def run() -> None:

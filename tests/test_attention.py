@@ -10,11 +10,21 @@ import torch
 
 from backend import ops_torch
 from backend.base import StepBatch
-from backend.step_inputs import DECODE_TILE, lay_out, prefill_tile
+from backend.step_inputs import DECODE_TILE, IntArray, lay_out, prefill_tile
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 (make test sets it)"
 )
+
+
+def block_tables(query: tuple[int, ...], context: tuple[int, ...], size: int) -> tuple[IntArray, int]:
+    """Block tables of requests over blocks in random order, and how many blocks there are."""
+    blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
+    ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
+    tables, starts = np.zeros((len(blocks), max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
+    for i, count in enumerate(blocks):
+        tables[i, :count] = ids[starts[i] : starts[i] + count]
+    return tables, len(ids)
 
 
 @interpreted
@@ -27,16 +37,12 @@ def test_attention_equals_the_reference(
     monkeypatch.setattr(ops, "MOST_SPLITS", splits)
     monkeypatch.setattr(ops, "PROGRAMS", programs)
     dim, size, query, context = 16, 4, (1, 1, 3, 9, 9), (300, 0, 90, 20, 150)
-    blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
-    ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
-    tables, starts = np.zeros((5, max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
-    for i, count in enumerate(blocks):
-        tables[i, :count] = ids[starts[i] : starts[i] + count]
+    tables, used = block_tables(query, context, size)
     long_tile = prefill_tile(heads // kv_heads)
     inputs = lay_out(StepBatch(query, context, (-1,) * 5, (True,) * 5), tables, size, long_tile)
     torch.manual_seed(0)
     qkv = torch.randn(inputs.rows, (heads + 2 * kv_heads) * dim)
-    k, v = torch.randn(2, len(ids), kv_heads, size, dim)
+    k, v = torch.randn(2, used, kv_heads, size, dim)
     nothing = np.full((1, 4), -1, dtype=np.int32)
     decode, prefill = (
         torch.from_numpy(np.concatenate([t, nothing])) for t in (inputs.decode_tiles, inputs.prefill_tiles)
@@ -61,16 +67,12 @@ def test_short_requests_are_rotated_and_cached_by_attention_itself(
     ops = pytest.importorskip("backend.attention_triton", reason="triton is not installed")
     monkeypatch.setattr(ops, "MOST_SPLITS", most_splits)
     dim, size, query, context = 16, 4, (1, 1, 3, 4, 2), (300, 0, 62, 126, 511)
-    blocks = [-(-(q + c) // size) for q, c in zip(query, context, strict=True)]
-    ids = np.random.default_rng(0).permutation(sum(blocks)).astype(np.int32)
-    tables, starts = np.zeros((5, max(blocks)), dtype=np.int32), np.cumsum([0, *blocks])
-    for i, count in enumerate(blocks):
-        tables[i, :count] = ids[starts[i] : starts[i] + count]
+    tables, used = block_tables(query, context, size)
     inputs = lay_out(StepBatch(query, context, (-1,) * 5, (True,) * 5), tables, size, 64)
     assert not len(inputs.prefill_tiles)
     torch.manual_seed(0)
     qkv = torch.randn(inputs.rows, (heads + 2 * kv_heads) * dim)
-    cache, cos_sin = torch.randn(2, len(ids), kv_heads, size, dim), torch.randn(600, dim)
+    cache, cos_sin = torch.randn(2, used, kv_heads, size, dim), torch.randn(600, dim)
     tiles = torch.from_numpy(np.concatenate([inputs.decode_tiles, np.full((1, 4), -1, dtype=np.int32)]))
     results = []
     for module in (ops, ops_torch):

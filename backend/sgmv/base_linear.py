@@ -66,7 +66,7 @@ def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch 
 
 
 def _gated(rows: int, half: int, rank: int, run: Kernels) -> Launch | None:
-    """`linear_gated_*`: sixteen rows of gate's weight and of up's, each `half` long."""
+    """`linear_gated_*`: sixteen rows of gate's weight and sixteen of up's at a time, of which there are `half` each."""
     for eights, depth in ((1, 3), (2, 3), (4, 2)):
         most = 8 * eights
         shared = 8 * depth * (32 + most) * 128 + 8 * most * 36 * 4
