@@ -1,7 +1,8 @@
 """`python -m benchmarks.live_vs_replay`: a scenario executed step by step on the GPU, and replayed from a profile.
 
-Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`). `--again FILE` executes nothing: it replays
-beside the live figures of such a file, for a profile that was fitted again.
+Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`); and how far the replay would move if every
+step took 1 % longer, for where requests queue a small error of the steps is a large one of their waiting. `--again FILE` executes
+nothing: it replays beside the live figures of such a file, for a profile that was fitted again.
 """
 
 from __future__ import annotations
@@ -12,15 +13,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from backend.errors import BackendError
 from backend.measure import describe_device
 from backend.profile import load_profile
+from backend.replay import ReplayBackend
+from sim.deployment import Relief, WhatIf
+from sim.engine import simulate
 from sim.errors import ScenarioError
-from sim.run import RunResult, run_scenario
+from sim.metrics import summarise
+from sim.run import RunResult, open_engine, run_scenario
+from sim.scenario import load_scenario
+from sim.traffic import traffic_of
 
 KEYS = (
     "completed",
@@ -56,16 +65,31 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def show(name: str, live: Mapping[str, object], replay: Mapping[str, object]) -> dict[str, dict[str, object]]:
-    """Print the two summaries beside each other; returns them with their relative difference."""
+LONGER = 0.01
+"""How much longer every step of the third run takes."""
+
+
+def show(
+    name: str, live: Mapping[str, object], replay: Mapping[str, object], longer: Mapping[str, object]
+) -> dict[str, dict[str, object]]:
+    """Print live and replay beside each other, and `longer` beside the replay; returns them with their relative differences."""
     rows: dict[str, dict[str, object]] = {}
-    print(f"\n{name}: {live['steps']} steps executed")
+    print(f"\n{name}: {live['steps']} steps executed\n{'':22}{'live':>14}{'replay':>14}{'':10}{'steps +1 %':>12}")
     for key in KEYS:
-        a, b = live[key], replay[key]
-        ratio = float(b) / float(a) - 1 if isinstance(a, int | float) and isinstance(b, int | float) and a else None
-        rows[key] = {"live": a, "replay": b, "difference": ratio}
-        print(f"{key:22}{a:14.3f}{b:14.3f}" + ("" if ratio is None else f"{ratio:+10.2%}"))
+        rows[key] = {
+            "live": live[key],
+            "replay": replay[key],
+            "difference": _change(live[key], replay[key]),
+            "longer_steps": _change(replay[key], longer[key]),
+        }
+        changes = (rows[key]["difference"], rows[key]["longer_steps"])
+        told = "".join(" " * n if c is None else f"{c:+{n}.2%}" for c, n in zip(changes, (10, 12), strict=True))
+        print(f"{key:22}{live[key]:14.3f}{replay[key]:14.3f}{told}")
     return rows
+
+
+def _change(a: object, b: object) -> float | None:
+    return float(b) / float(a) - 1 if isinstance(a, int | float) and isinstance(b, int | float) and a else None
 
 
 KINDS = (
@@ -90,17 +114,15 @@ def by_kind(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, object]]
 
     `load_most_ms`: what the slowest of them waited for adapters; live, one slow read delays all that are waiting.
     """
-    found: list[dict[str, object]] = []
-    for name, *which in KINDS:
-        row: dict[str, object] = {"kind": name}
-        for side, steps in (("live", live), ("replay", replay)):
-            mine = _kind(steps, *which)
-            row |= {f"{side}_steps": len(mine), f"{side}_tokens": float(mine["tokens"].mean())}
-            row |= {f"{side}_{part}_ms": float(mine[f"{part}_s"].mean() * 1e3) for part in ("device", "host", "load")}
-            row[f"{side}_load_most_ms"] = float(mine["load_s"].max() * 1e3)
-        if row["live_steps"] and row["replay_steps"]:
-            found.append(row)
-    return found
+    rows = ({"kind": name, **_means("live", live, which), **_means("replay", replay, which)} for name, *which in KINDS)
+    return [row for row in rows if row["live_steps"] and row["replay_steps"]]
+
+
+def _means(side: str, steps: pd.DataFrame, which: list[Any]) -> dict[str, object]:
+    mine = _kind(steps, *which)
+    means = {f"{side}_{part}_ms": float(mine[f"{part}_s"].mean() * 1e3) for part in ("device", "host", "load")}
+    most = {f"{side}_load_most_ms": float(mine["load_s"].max() * 1e3)}
+    return {f"{side}_steps": len(mine), f"{side}_tokens": float(mine["tokens"].mean()), **means, **most}
 
 
 def measured_when(profile: str) -> dict[str, object]:
@@ -112,6 +134,26 @@ def measured_when(profile: str) -> dict[str, object]:
 def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
     out = folder / f"{Path(name).stem}-replay"
     return run_scenario(name, backend="profile", profile=args.profile, duration_s=args.duration_s, out=out)
+
+
+def _longer(name: str, args: argparse.Namespace) -> Mapping[str, object]:
+    """The replay, had every step taken `LONGER` more."""
+    scenario = load_scenario(name)
+    workload = {**scenario.workload, "duration_s": args.duration_s}
+    scenario = replace(scenario, backend="profile", profile=args.profile, workload=workload)
+    traffic, replayed = traffic_of(scenario, scenario.seed), open_engine(scenario)
+    assert isinstance(replayed, ReplayBackend)
+    slower = WhatIf(replayed, Relief(steps=1 + LONGER))
+    tables = simulate(
+        traffic.requests,
+        traffic.catalogue,
+        scenario.engine,
+        slower,
+        pinned=traffic.pinned,
+        horizon_s=scenario.horizon_s,
+        step_rows=False,
+    )
+    return summarise(tables)
 
 
 def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -128,7 +170,7 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         wall_s = time.perf_counter() - started
         assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
         replay = _replay(name, args, folder)
-        shown = show(name, live.summary, replay.summary)
+        shown = show(name, live.summary, replay.summary, _longer(name, args))
         kinds = by_kind(live.tables.steps, replay.tables.steps)
         print(pd.DataFrame(kinds).round(3).to_string(index=False))
         report[Path(name).stem] = {"live_wall_s": wall_s, **shown, "by_kind": kinds}
@@ -142,8 +184,11 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     report |= {"profile": Path(args.profile).name, "profile_measured": measured_when(args.profile)}
     for name, rows in report.items():
         if isinstance(rows, dict) and "live_wall_s" in rows:
-            live = {key: rows[key]["live"] for key in KEYS}
-            report[name] = {"live_wall_s": rows["live_wall_s"], **show(name, live, _replay(name, args, folder).summary)}
+            live, replay = {key: rows[key]["live"] for key in KEYS}, _replay(name, args, folder)
+            which = {kind: rest for kind, *rest in KINDS}
+            kinds = [r | _means("replay", replay.tables.steps, which[r["kind"]]) for r in rows.get("by_kind", [])]
+            shown = show(name, live, replay.summary, _longer(name, args))
+            report[name] = {"live_wall_s": rows["live_wall_s"], **shown, "by_kind": kinds}
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,11 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
         "device": {"gpu": "one"},
         "duration_s": 20.0,
         "profile": "old",
-        "demo-azure": {"live_wall_s": 3.0, **rows},
+        "demo-azure": {
+            "live_wall_s": 3.0,
+            **rows,
+            "by_kind": [{"kind": "decodes, up to 8", "live_steps": 7, "replay_steps": 0}],
+        },
     }
     file, out = tmp_path / "earlier.json", tmp_path / "again.json"
     file.write_text(json.dumps(earlier))
@@ -40,6 +45,24 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
         row = found["demo-azure"][key]
         assert (row["live"], row["replay"]) == (10.0, alone[key])
         assert row["difference"] == pytest.approx(float(str(alone[key])) / 10 - 1)
+    (kind,) = found["demo-azure"]["by_kind"]
+    assert kind["live_steps"] == 7 and kind["replay_steps"] > 100
+
+
+def test_how_far_a_replay_would_move_with_longer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A request alone takes as much longer as its steps; what waits for others more, loads not at all."""
+    args = argparse.Namespace(profile="h100-llama-3.1-8b", duration_s=20.0)
+    replay = run_scenario("demo-azure", duration_s=20.0, out=tmp_path / "alone").summary
+    monkeypatch.setattr(live_vs_replay, "LONGER", 0.0)
+    shown = live_vs_replay.show("demo-azure", replay, replay, live_vs_replay._longer("demo-azure", args))
+    assert {row["longer_steps"] for row in shown.values()} == {0.0}, "the third run is not the replay"
+    monkeypatch.setattr(live_vs_replay, "LONGER", 0.01)
+    shown = live_vs_replay.show("demo-azure", replay, replay, live_vs_replay._longer("demo-azure", args))
+    assert 0.005 < float(str(shown["p50_tpot_ms"]["longer_steps"])) < 0.03
+    assert shown["completed"]["longer_steps"] == 0.0
+    assert "steps +1 %" in capsys.readouterr().out
 
 
 def test_steps_of_a_kind_are_held_against_each_other() -> None:
