@@ -142,8 +142,8 @@ struct Target {  // this lane's tokens in y: 2q, 2q + 1 of each eight, and their
 #pragma unroll
         for (int m = 0; m < 4; m++) {
             const u32 old = word(y[j][i][half], m);
-            out[m] = pack(widen(old, 0) + c[2 * m][j][half * 2 + i] * scale,
-                          widen(old, 1) + c[2 * m + 1][j][half * 2 + i] * scale);
+            out[m] = pack(fmaf(c[2 * m][j][half * 2 + i], scale, widen(old, 0)),
+                          fmaf(c[2 * m + 1][j][half * 2 + i], scale, widen(old, 1)));
         }
         return make_uint4(out[0], out[1], out[2], out[3]);
     }

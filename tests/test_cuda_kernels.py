@@ -1,0 +1,211 @@
+"""The CUDA kernels on a small emulated GPU: against float64, row by row alone, and in one launch as in three. Hopper's included.
+
+What only a GPU can show (copies that nobody waited for, speed) is in `tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+
+import emulated
+import numpy as np
+import pytest
+import torch
+from banks import random_bank
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backend.linears import gated_with_lora, linear_with_lora
+from backend.sgmv import Segments, SlotBank, base_linear, cuda_kernels, sgmv
+from backend.sgmv.tilings import FEW, LONG, MANY
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.system() != "Linux", reason="needs g++ and Linux's ucontext"
+)
+
+SHAPES = {
+    "q_proj": (1160, 256),
+    "k_proj": (1160, 64),
+    "v_proj": (1160, 64),
+    "o_proj": (256, 1160),
+    "gate_proj": (1160, 384),
+    "up_proj": (1160, 384),
+    "down_proj": (5248, 128),
+}
+"""In two pieces, one, two, and six, so that all ways of adding partials are taken."""
+
+RANKS = [8, 16, 64, 1, 24, 7]
+NAMES = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype) -> ctypes.CDLL:
+    return emulated.build(tmp_path_factory.mktemp("emulator"), half=dtype == torch.float16)
+
+
+@pytest.fixture(scope="module")
+def bank(dtype: torch.dtype) -> SlotBank:
+    torch.manual_seed(0)
+    return random_bank(SHAPES, RANKS, dtype, "cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> emulated.Emulated:
+    return emulated.on_the_cpu(monkeypatch, library, processors=5)
+
+
+def mixed(rows: int, most: int = len(RANKS), seed: int = 0) -> torch.Tensor:
+    return torch.tensor(np.random.default_rng(seed + rows).integers(-1, most, rows), dtype=torch.int32)
+
+
+def segments_of(slots: torch.Tensor, bank: SlotBank) -> Segments:
+    buffers = Segments.allocate(len(slots), bank, engine="cuda")
+    buffers.partials.fill_(float("nan"))
+    return buffers.of(slots, bank)
+
+
+def lora(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> torch.Tensor:
+    """What LoRA adds, in float64."""
+    linear = bank.layout.layers[0][name]
+    out = torch.zeros(len(x), sum(linear.out_features), dtype=torch.float64)
+    for slot in slots[slots >= 0].unique().tolist():
+        mine = slots == slot
+        parts = [
+            x[mine].double() @ bank.a(slot, linear, i).double().T @ bank.b(slot, linear, i).double()
+            for i in range(linear.slices)
+        ]
+        out[mine] = torch.cat(parts, 1) * float(bank.scaling[slot])
+    return out
+
+
+def off(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 7, 33, 150, 600])
+def test_grouped_equals_float64(name: str, rows: int, bank: SlotBank) -> None:
+    """`x` inside a wider matrix, `out` too, partial sums full of NaN, rows without an adapter."""
+    linear, slots = bank.layout.layers[0][name], mixed(rows)
+    slots[0] = 2
+    x = torch.randn(rows, linear.in_features + 8).to(bank.weights.dtype)[:, : linear.in_features]
+    width = sum(linear.out_features)
+    whole = torch.zeros(rows, width + 8, dtype=x.dtype)
+    sgmv(x, whole[:, :width], bank, linear, segments_of(slots, bank))
+    assert not whole[:, width:].any() and not whole[slots < 0].any()
+    assert off(whole[:, :width], lora(x, bank, name, slots)) < 3e-3
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("rows", [1, 40, 520])
+def test_every_tiling_has_the_same_bits(rows: int, bank: SlotBank) -> None:
+    for name in NAMES:
+        linear, slots = bank.layout.layers[0][name], mixed(rows)
+        x = torch.randn(rows, linear.in_features).to(bank.weights.dtype)
+        outs = []
+        for tilings in ((FEW,), (MANY,), (LONG,)):
+            buffers = Segments.allocate(rows, bank, engine="cuda")
+            buffers.partials.fill_(float("nan"))
+            segments = buffers.of(slots, bank, tilings)
+            out = torch.zeros(rows, sum(linear.out_features), dtype=x.dtype)
+            cuda_kernels.shrink(x, bank, linear, segments, tilings[0])
+            cuda_kernels.expand(out, bank, linear, segments, tilings[0])
+            outs.append(out)
+        assert all(torch.equal(outs[0], other) for other in outs[1:]), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(slots=st.lists(st.integers(-1, len(RANKS) - 1), min_size=1, max_size=40), name=st.sampled_from(NAMES))
+def test_a_row_alone_has_the_same_bits(slots: list[int], name: str, bank: SlotBank, library: ctypes.CDLL) -> None:
+    """I9, through SGMV."""
+    with pytest.MonkeyPatch.context() as patch:
+        emulated.on_the_cpu(patch, library, processors=3)
+        linear, mix = bank.layout.layers[0][name], torch.tensor(slots, dtype=torch.int32)
+        x = torch.randn(len(mix), linear.in_features).to(bank.weights.dtype)
+        base = torch.randn(len(mix), sum(linear.out_features)).to(x.dtype)
+        grouped = base.clone()
+        sgmv(x, grouped, bank, linear, segments_of(mix, bank))
+        for row in {0, len(mix) // 2, len(mix) - 1}:
+            alone = base[row : row + 1].clone()
+            sgmv(x[row : row + 1], alone, bank, linear, segments_of(mix[row : row + 1], bank))
+            assert torch.equal(alone[0], grouped[row]), f"row {row}"
+
+
+def weight_of(bank: SlotBank, name: str) -> torch.Tensor:
+    linear = bank.layout.layers[0][name]
+    weight = torch.randn(sum(linear.out_features), linear.in_features) * linear.in_features**-0.5
+    return weight.to(bank.weights.dtype)
+
+
+def test_lora_in_the_base_product_has_the_bits_of_both_apart(
+    bank: SlotBank, gpu: emulated.Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_linear, "SPLIT_COLUMNS", 4096)  # down is split between the blocks of a cluster
+    for name in NAMES:
+        linear, weight = bank.layout.layers[0][name], weight_of(bank, name)
+        for rows, mixes in {
+            1: (1,),
+            8: (6,),
+            16: (6, 2),
+            29: (6, 0),
+            40: (2,),
+            64: (6, 0),
+            90: (6,),
+            128: (2,),
+        }.items():
+            x = torch.randn(rows, linear.in_features).to(weight.dtype)
+            for most in mixes:
+                slots = mixed(rows, most)
+                segments = segments_of(slots, bank)
+                if not base_linear.takes(x, weight, None, (bank, linear, segments)):
+                    continue
+                together = torch.full((rows, len(weight)), float("nan"), dtype=x.dtype)
+                linear_with_lora(x, weight, together, None, bank, linear, segments, kernels=True)
+                nobody = segments_of(torch.full((rows,), -1, dtype=torch.int32), bank)
+                apart = torch.full_like(together, float("nan"))
+                linear_with_lora(x, weight, apart, None, bank, linear, nobody, kernels=True)
+                assert off(apart, x.double() @ weight.double().T) < 3e-3
+                sgmv(x, apart, bank, linear, segments_of(slots, bank))
+                assert torch.equal(together, apart), f"{name}, {rows} rows of {most} adapters ({gpu.launched[-1]})"
+    wanted = {f"linear_{n}" for n in ("8", "16", "32", "wide_64_1", "wide_64_2", "wide_128_1", "wide_128_2")}
+    assert wanted <= set(gpu.launched)
+
+
+@pytest.mark.parametrize("most", [len(RANKS), 2, 0])
+def test_swiglu_with_the_product_is_that_of_the_product(most: int, bank: SlotBank, gpu: emulated.Emulated) -> None:
+    """In the base product of few rows, and in the expand of many."""
+    linear, weight = bank.layout.layers[0]["gate_up"], weight_of(bank, "gate_up")
+    for rows in (1, 9, 32):
+        x, slots = torch.randn(rows, linear.in_features).to(weight.dtype), mixed(rows, most)
+        apart = torch.full((rows, len(weight)), float("nan"), dtype=x.dtype)
+        linear_with_lora(x, weight, apart, None, bank, linear, segments_of(slots, bank), kernels=True)
+        together = torch.full((rows, len(weight) // 2), float("nan"), dtype=x.dtype)
+        gated_with_lora(
+            x, weight, apart.clone(), together, bank, linear, segments_of(slots, bank), ops=base_linear, kernels=True
+        )
+        assert gpu.launched[-1].startswith("linear_gated_")
+        assert off(together, activated(apart)) < 3e-3
+    rows = 600
+    x, slots = torch.randn(rows, linear.in_features).to(weight.dtype), mixed(rows, most)
+    before = (x.double() @ weight.double().T).to(x.dtype)
+    after, together = before.clone(), torch.zeros(rows, len(weight) // 2, dtype=x.dtype)
+    sgmv(x, after, bank, linear, segments_of(slots, bank))
+    segments = segments_of(slots, bank)
+    cuda_kernels.shrink(x, bank, linear, segments, LONG)
+    cuda_kernels.expand_swiglu(before, together, bank, linear, segments)
+    assert not together[slots < 0].any(), "rows without an adapter are left to others"
+    if most:
+        assert off(together[slots >= 0], activated(after)[slots >= 0]) < 3e-3
+
+
+def activated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.double().chunk(2, 1)
+    return gate * torch.sigmoid(gate) * up
