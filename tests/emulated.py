@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: their sources as they are, over `emulator/machine.hpp`, compiled with the C++ compiler that is there."""
+"""The CUDA kernels on the CPU: their sources as they are, over those in `emulator/`, compiled with the C++ compiler that is there."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ import torch
 from backend.sgmv import base_linear, cuda_kernels, nvrtc
 from backend.sgmv.arguments import TensorMap
 
-MACHINE = Path(__file__).parent / "emulator" / "machine.hpp"
+EMULATOR = Path(__file__).parent / "emulator"
+PARTS = ("machine", "instructions", "hopper", "launches")
 ONE_FUNCTION = re.compile(
     r"^(?:template <int \w+>\n)?static __device__ __forceinline__ [\w ]+? \*?(\w+)\((?:[^;{]|\n)*?\) \{(?:[^\n]*\}\n|.*?\n\}\n)",
     re.MULTILINE | re.DOTALL,
 )
 PLAIN = """
 static Register segment_map_known("segment_map", [](void** a) {
-    segment_map(*(const int**)a[0], *(const int**)a[1], *(int**)a[2], *(int4**)a[3], *(int**)a[4], *(int*)a[5], *(int*)a[6], *(int*)a[7]);
+    auto slots = *(const int**)a[0], ranks = *(const int**)a[1]; auto header = *(int**)a[2]; auto tiles = *(int4**)a[3];
+    auto rows = *(int**)a[4]; int count = *(int*)a[5], most = *(int*)a[6], size = *(int*)a[7];
+    return std::function<void()>([=] { segment_map(slots, ranks, header, tiles, rows, count, most, size); });
 });
-static Register settle_known("settle", [](void** a) { settle(*(float**)a[0], *(int*)a[1], *(int*)a[2]); });
+static Register settle_known("settle", [](void** a) {
+    auto h = *(float**)a[0]; int pieces = *(int*)a[1], cells = *(int*)a[2];
+    return std::function<void()>([=] { settle(h, pieces, cells); });
+});
 """
 
 
 def translated() -> str:
-    """The sources with what `machine.hpp` stands for left out: functions that are one instruction, and all of `hopper.cu`."""
+    """The sources with what `emulator/` stands for left out: functions that are one instruction, and all of `hopper.cu`."""
     text = nvrtc.source().decode()
     text = re.sub(r'#line 1 "hopper.cu".*?(?=#line 1 ")', "", text, flags=re.DOTALL)
     text = re.sub(r"#define KERNEL\(.*?\n.*?\n", "", text)
@@ -44,7 +50,8 @@ def translated() -> str:
 def build(folder: Path, *, half: bool) -> ctypes.CDLL:
     """Compile for float16 (`half`) or bfloat16."""
     source, library = folder / "kernels.cpp", folder / f"kernels-{'fp16' if half else 'bf16'}.so"
-    source.write_text(f'#include "{MACHINE}"\n{translated()}{PLAIN}')
+    includes = "".join(f'#include "{EMULATOR / part}.hpp"\n' for part in PARTS)
+    source.write_text(f"{includes}{translated()}{PLAIN}")
     flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", *(["-DFP16"] * half)]
     subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
     return ctypes.CDLL(str(library))
@@ -52,12 +59,13 @@ def build(folder: Path, *, half: bool) -> ctypes.CDLL:
 
 @dataclass(frozen=True, slots=True)
 class Emulated:
-    """Stands for `nvrtc.Kernels`; `launched`: the names of all launches."""
+    """Stands for `nvrtc.Kernels`; `launched`: the names of all launches, `kept`: what must live until they have ended."""
 
     library: ctypes.CDLL
     processors: int
     rooms: Mapping[str, int]
     launched: list[str] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
 
     def launch(
         self,
@@ -71,8 +79,16 @@ class Emulated:
         cluster: int = 1,
     ) -> None:
         self.launched.append(name)
-        code = self.library.launch(name.encode(), grid, threads, nvrtc.pointers_to(values), shared_bytes, cluster)
-        assert code == 0, f"{name}: {'not known' if code == 1 else 'never ends'}"
+        code = self.library.launch(
+            name.encode(), grid, threads, nvrtc.pointers_to(values), shared_bytes, cluster, early
+        )
+        assert code == 0, f"{name}: not known"
+
+    def synchronize(self) -> None:
+        """Until all launches have ended: before anybody looks at what they wrote."""
+        name = ctypes.create_string_buffer(64)
+        assert self.library.synchronize(name, len(name)) == 0, f"{name.value.decode()}: never ends"
+        self.kept.clear()
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, processors: int) -> Emulated:

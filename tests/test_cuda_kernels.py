@@ -1,6 +1,6 @@
 """The CUDA kernels on a small emulated GPU: against float64, row by row alone, and in one launch as in three. Hopper's included.
 
-What only a GPU can show (copies that nobody waited for, speed) is in `tests/gpu`.
+Launches that may begin before their predecessor has ended do. What only a GPU can show is in `tests/gpu`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import shutil
+from collections.abc import Iterator
 
 import emulated
 import numpy as np
@@ -19,17 +20,17 @@ from hypothesis import strategies as st
 
 from backend.linears import gated_with_lora, linear_with_lora
 from backend.sgmv import Segments, SlotBank, base_linear, cuda_kernels, sgmv
-from backend.sgmv.tilings import FEW, LONG, MANY
+from backend.sgmv.tilings import FEW, LONG, MANY, Tiling
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.system() != "Linux", reason="needs g++ and Linux's ucontext"
 )
 
 SHAPES = {
-    "q_proj": (1160, 256),
-    "k_proj": (1160, 64),
-    "v_proj": (1160, 64),
-    "o_proj": (256, 1160),
+    "q_proj": (1096, 256),
+    "k_proj": (1096, 64),
+    "v_proj": (1096, 64),
+    "o_proj": (256, 1152),
     "gate_proj": (1160, 384),
     "up_proj": (1160, 384),
     "down_proj": (5248, 128),
@@ -57,18 +58,24 @@ def bank(dtype: torch.dtype) -> SlotBank:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> emulated.Emulated:
-    return emulated.on_the_cpu(monkeypatch, library, processors=5)
+def gpu(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[emulated.Emulated]:
+    run = emulated.on_the_cpu(monkeypatch, library, processors=5)
+    yield run
+    run.synchronize()  # a test that failed may have left launches
 
 
 def mixed(rows: int, most: int = len(RANKS), seed: int = 0) -> torch.Tensor:
     return torch.tensor(np.random.default_rng(seed + rows).integers(-1, most, rows), dtype=torch.int32)
 
 
-def segments_of(slots: torch.Tensor, bank: SlotBank) -> Segments:
+def segments_of(
+    slots: torch.Tensor, bank: SlotBank, gpu: emulated.Emulated, tilings: tuple[Tiling, ...] | None = None
+) -> Segments:
+    """Over scratch memory full of NaN."""
     buffers = Segments.allocate(len(slots), bank, engine="cuda")
     buffers.partials.fill_(float("nan"))
-    return buffers.of(slots, bank)
+    gpu.kept.extend([buffers, slots])
+    return buffers.of(slots, bank, tilings)
 
 
 def lora(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> torch.Tensor:
@@ -89,35 +96,33 @@ def off(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rows", [1, 7, 33, 150, 600])
-def test_grouped_equals_float64(name: str, rows: int, bank: SlotBank) -> None:
+def test_grouped_equals_float64(name: str, rows: int, bank: SlotBank, gpu: emulated.Emulated) -> None:
     """`x` inside a wider matrix, `out` too, partial sums full of NaN, rows without an adapter."""
     linear, slots = bank.layout.layers[0][name], mixed(rows)
     slots[0] = 2
     x = torch.randn(rows, linear.in_features + 8).to(bank.weights.dtype)[:, : linear.in_features]
     width = sum(linear.out_features)
     whole = torch.zeros(rows, width + 8, dtype=x.dtype)
-    sgmv(x, whole[:, :width], bank, linear, segments_of(slots, bank))
+    sgmv(x, whole[:, :width], bank, linear, segments_of(slots, bank, gpu))
+    gpu.synchronize()
     assert not whole[:, width:].any() and not whole[slots < 0].any()
     assert off(whole[:, :width], lora(x, bank, name, slots)) < 3e-3
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("rows", [1, 40, 520])
-def test_every_tiling_has_the_same_bits(rows: int, bank: SlotBank) -> None:
+def test_every_tiling_has_the_same_bits(rows: int, bank: SlotBank, gpu: emulated.Emulated) -> None:
     for name in NAMES:
         linear, slots = bank.layout.layers[0][name], mixed(rows)
         x = torch.randn(rows, linear.in_features).to(bank.weights.dtype)
         outs = []
-        for tilings in ((FEW,), (MANY,), (LONG,)):
-            buffers = Segments.allocate(rows, bank, engine="cuda")
-            buffers.partials.fill_(float("nan"))
-            segments = buffers.of(slots, bank, tilings)
+        for tiling in (FEW, MANY, LONG):
+            segments = segments_of(slots, bank, gpu, (tiling,))
             out = torch.zeros(rows, sum(linear.out_features), dtype=x.dtype)
-            cuda_kernels.shrink(x, bank, linear, segments, tilings[0])
-            cuda_kernels.expand(out, bank, linear, segments, tilings[0])
+            cuda_kernels.shrink(x, bank, linear, segments, tiling)
+            cuda_kernels.expand(out, bank, linear, segments, tiling)
+            gpu.synchronize()
             outs.append(out)
         assert all(torch.equal(outs[0], other) for other in outs[1:]), name
 
@@ -127,15 +132,17 @@ def test_every_tiling_has_the_same_bits(rows: int, bank: SlotBank) -> None:
 def test_a_row_alone_has_the_same_bits(slots: list[int], name: str, bank: SlotBank, library: ctypes.CDLL) -> None:
     """I9, through SGMV."""
     with pytest.MonkeyPatch.context() as patch:
-        emulated.on_the_cpu(patch, library, processors=3)
+        gpu = emulated.on_the_cpu(patch, library, processors=3)
         linear, mix = bank.layout.layers[0][name], torch.tensor(slots, dtype=torch.int32)
         x = torch.randn(len(mix), linear.in_features).to(bank.weights.dtype)
         base = torch.randn(len(mix), sum(linear.out_features)).to(x.dtype)
         grouped = base.clone()
-        sgmv(x, grouped, bank, linear, segments_of(mix, bank))
+        sgmv(x, grouped, bank, linear, segments_of(mix, bank, gpu))
+        gpu.synchronize()
         for row in {0, len(mix) // 2, len(mix) - 1}:
             alone = base[row : row + 1].clone()
-            sgmv(x[row : row + 1], alone, bank, linear, segments_of(mix[row : row + 1], bank))
+            sgmv(x[row : row + 1], alone, bank, linear, segments_of(mix[row : row + 1], bank, gpu))
+            gpu.synchronize()
             assert torch.equal(alone[0], grouped[row]), f"row {row}"
 
 
@@ -164,17 +171,20 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(
             x = torch.randn(rows, linear.in_features).to(weight.dtype)
             for most in mixes:
                 slots = mixed(rows, most)
-                segments = segments_of(slots, bank)
+                segments = segments_of(slots, bank, gpu)
                 if not base_linear.takes(x, weight, None, (bank, linear, segments)):
                     continue
                 together = torch.full((rows, len(weight)), float("nan"), dtype=x.dtype)
                 linear_with_lora(x, weight, together, None, bank, linear, segments, kernels=True)
-                nobody = segments_of(torch.full((rows,), -1, dtype=torch.int32), bank)
+                name_of_it = gpu.launched[-1]
+                nobody = segments_of(torch.full((rows,), -1, dtype=torch.int32), bank, gpu)
                 apart = torch.full_like(together, float("nan"))
                 linear_with_lora(x, weight, apart, None, bank, linear, nobody, kernels=True)
+                gpu.synchronize()
                 assert off(apart, x.double() @ weight.double().T) < 3e-3
-                sgmv(x, apart, bank, linear, segments_of(slots, bank))
-                assert torch.equal(together, apart), f"{name}, {rows} rows of {most} adapters ({gpu.launched[-1]})"
+                sgmv(x, apart, bank, linear, segments_of(slots, bank, gpu))
+                gpu.synchronize()
+                assert torch.equal(together, apart), f"{name}, {rows} rows of {most} adapters ({name_of_it})"
     wanted = {f"linear_{n}" for n in ("8", "16", "32", "wide_64_1", "wide_64_2", "wide_128_1", "wide_128_2")}
     assert wanted <= set(gpu.launched)
 
@@ -186,24 +196,57 @@ def test_swiglu_with_the_product_is_that_of_the_product(most: int, bank: SlotBan
     for rows in (1, 9, 32):
         x, slots = torch.randn(rows, linear.in_features).to(weight.dtype), mixed(rows, most)
         apart = torch.full((rows, len(weight)), float("nan"), dtype=x.dtype)
-        linear_with_lora(x, weight, apart, None, bank, linear, segments_of(slots, bank), kernels=True)
+        linear_with_lora(x, weight, apart, None, bank, linear, segments_of(slots, bank, gpu), kernels=True)
         together = torch.full((rows, len(weight) // 2), float("nan"), dtype=x.dtype)
         gated_with_lora(
-            x, weight, apart.clone(), together, bank, linear, segments_of(slots, bank), ops=base_linear, kernels=True
+            x,
+            weight,
+            apart.clone(),
+            together,
+            bank,
+            linear,
+            segments_of(slots, bank, gpu),
+            ops=base_linear,
+            kernels=True,
         )
+        gpu.synchronize()
         assert gpu.launched[-1].startswith("linear_gated_")
         assert off(together, activated(apart)) < 3e-3
     rows = 600
     x, slots = torch.randn(rows, linear.in_features).to(weight.dtype), mixed(rows, most)
     before = (x.double() @ weight.double().T).to(x.dtype)
     after, together = before.clone(), torch.zeros(rows, len(weight) // 2, dtype=x.dtype)
-    sgmv(x, after, bank, linear, segments_of(slots, bank))
-    segments = segments_of(slots, bank)
+    sgmv(x, after, bank, linear, segments_of(slots, bank, gpu))
+    gpu.synchronize()
+    segments = segments_of(slots, bank, gpu)
     cuda_kernels.shrink(x, bank, linear, segments, LONG)
     cuda_kernels.expand_swiglu(before, together, bank, linear, segments)
+    gpu.synchronize()
     assert not together[slots < 0].any(), "rows without an adapter are left to others"
     if most:
         assert off(together[slots >= 0], activated(after)[slots >= 0]) < 3e-3
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_launches_that_begin_early_wait_for_what_they_read(rows: int, bank: SlotBank, gpu: emulated.Emulated) -> None:
+    """Of o and qkv each computes what the next reads, over memory full of NaN: as a GPU runs them, and one after the other."""
+    weights, slots = {name: weight_of(bank, name) for name in ("o", "qkv")}, mixed(rows)
+    first = torch.randn(rows, 256).to(bank.weights.dtype)
+    found = []
+    for apart in (True, False):
+        segments, x, steps = segments_of(slots, bank, gpu), first, []
+        for name in ("o", "qkv", "o", "qkv"):
+            linear, weight = bank.layout.layers[0][name], weights[name]
+            assert base_linear.takes(x[:, : linear.in_features], weight, None, (bank, linear, segments))
+            out = torch.full((rows, len(weight)), float("nan"), dtype=x.dtype)
+            linear_with_lora(x[:, : linear.in_features], weight, out, None, bank, linear, segments, kernels=True)
+            if apart:
+                gpu.synchronize()
+            steps.append(out)
+            x = out
+        gpu.synchronize()
+        found.append(torch.cat(steps, 1))
+    assert torch.equal(*found) and torch.isfinite(found[0]).all()
 
 
 def activated(gate_up: torch.Tensor) -> torch.Tensor:
