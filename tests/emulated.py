@@ -19,7 +19,7 @@ from backend.sgmv.arguments import TensorMap
 EMULATOR = Path(__file__).parent / "emulator"
 PARTS = ("machine", "instructions", "hopper", "launches")
 ONE_FUNCTION = re.compile(
-    r"^(?:template <int \w+>\n)?static __device__ __forceinline__ [\w ]+? \*?(\w+)\((?:[^;{]|\n)*?\) \{(?:[^\n]*\}\n|.*?\n\}\n)",
+    r"^(?:template <int \w+>\n)?static __device__ __forceinline__ [\w ]+? \*?\w+\((?:[^;{]|\n)*?\) \{(?:[^\n]*\}\n|.*?\n\}\n)",
     re.MULTILINE | re.DOTALL,
 )
 PLAIN = """
@@ -41,27 +41,27 @@ def translated() -> str:
     text = re.sub(r'#line 1 "hopper.cu".*?(?=#line 1 ")', "", text, flags=re.DOTALL)
     text = re.sub(r"#define KERNEL\(.*?\n.*?\n", "", text)
     text = re.sub(r"^typedef unsigned .*?;\n", "", text, flags=re.MULTILINE)
-    text = ONE_FUNCTION.sub(lambda found: "" if "asm" in found[0] and found[1] != "linear_wide" else found[0], text)
-    text = re.sub(r'asm volatile\((?:"[^"]*"|[^";])*\);', ";", text)
+    text = re.sub(r'asm volatile\("(?:fence|wgmma)\.[^"]*" ::: "memory"\);', ";", text)  # orders what is in order here
+    text = ONE_FUNCTION.sub(lambda found: "" if "asm" in found[0] else found[0], text)
     text = re.sub(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];", r"\1* \2 = (\1*)running->shared;", text)
     return text.replace("__shared__ ", "static thread_local ")
 
 
 def build(folder: Path, *, half: bool) -> ctypes.CDLL:
     """Compile for float16 (`half`) or bfloat16."""
-    source, library = folder / "kernels.cpp", folder / f"kernels-{'fp16' if half else 'bf16'}.so"
+    source, made = folder / "kernels.cpp", folder / f"kernels-{'fp16' if half else 'bf16'}.so"
     includes = "".join(f'#include "{EMULATOR / part}.hpp"\n' for part in PARTS)
     source.write_text(f"{includes}{translated()}{PLAIN}")
     flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", *(["-DFP16"] * half)]
-    subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run(["g++", *flags, "-o", str(made), str(source)], check=True)
+    return ctypes.CDLL(str(made))
 
 
 @dataclass(frozen=True, slots=True)
 class Emulated:
     """Stands for `nvrtc.Kernels`; `launched`: the names of all launches, `kept`: what must live until they have ended."""
 
-    library: ctypes.CDLL
+    compiled: ctypes.CDLL
     processors: int
     rooms: Mapping[str, int]
     launched: list[str] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Emulated:
         cluster: int = 1,
     ) -> None:
         self.launched.append(name)
-        code = self.library.launch(
+        code = self.compiled.launch(
             name.encode(), grid, threads, nvrtc.pointers_to(values), shared_bytes, cluster, early
         )
         assert code == 0, f"{name}: not known"
@@ -87,15 +87,15 @@ class Emulated:
     def synchronize(self) -> None:
         """Until all launches have ended: before anybody looks at what they wrote."""
         name = ctypes.create_string_buffer(64)
-        assert self.library.synchronize(name, len(name)) == 0, f"{name.value.decode()}: never ends"
+        assert self.compiled.synchronize(name, len(name)) == 0, f"{name.value.decode()}: never ends"
         self.kept.clear()
 
 
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, processors: int) -> Emulated:
-    """Have all launches run in `library`, on so many multiprocessors with the shared memory of an H100's."""
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, compiled: ctypes.CDLL, processors: int) -> Emulated:
+    """Have all launches run in `compiled`, on so many multiprocessors with the shared memory of an H100's."""
     names = [f"linear_{kind}{rows}" for kind in ("", "gated_") for rows in (8, 16, 32)]
     names += [f"linear_wide_{rows}_{groups}" for rows in (64, 128) for groups in (1, 2)]
-    run = Emulated(library, processors, dict.fromkeys(names, 220 * 1024))
+    run = Emulated(compiled, processors, dict.fromkeys(names, 220 * 1024))
     for module in (nvrtc, cuda_kernels, base_linear):
         monkeypatch.setattr(module, "kernels", lambda _: run)
     monkeypatch.setattr(base_linear, "_tensor_map", _tensor_map)

@@ -14,7 +14,7 @@ import emulated
 import numpy as np
 import pytest
 import torch
-from banks import random_bank
+from banks import exact, random_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype) -> ctypes.CDLL:
+def compiled(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype) -> ctypes.CDLL:
     return emulated.build(tmp_path_factory.mktemp("emulator"), half=dtype == torch.float16)
 
 
@@ -58,8 +58,8 @@ def bank(dtype: torch.dtype) -> SlotBank:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[emulated.Emulated]:
-    run = emulated.on_the_cpu(monkeypatch, library, processors=5)
+def gpu(monkeypatch: pytest.MonkeyPatch, compiled: ctypes.CDLL) -> Iterator[emulated.Emulated]:
+    run = emulated.on_the_cpu(monkeypatch, compiled, processors=5)
     yield run
     run.synchronize()  # a test that failed may have left launches
 
@@ -78,20 +78,6 @@ def segments_of(
     return buffers.of(slots, bank, tilings)
 
 
-def lora(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> torch.Tensor:
-    """What LoRA adds, in float64."""
-    linear = bank.layout.layers[0][name]
-    out = torch.zeros(len(x), sum(linear.out_features), dtype=torch.float64)
-    for slot in slots[slots >= 0].unique().tolist():
-        mine = slots == slot
-        parts = [
-            x[mine].double() @ bank.a(slot, linear, i).double().T @ bank.b(slot, linear, i).double()
-            for i in range(linear.slices)
-        ]
-        out[mine] = torch.cat(parts, 1) * float(bank.scaling[slot])
-    return out
-
-
 def off(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
@@ -108,7 +94,7 @@ def test_grouped_equals_float64(name: str, rows: int, bank: SlotBank, gpu: emula
     sgmv(x, whole[:, :width], bank, linear, segments_of(slots, bank, gpu))
     gpu.synchronize()
     assert not whole[:, width:].any() and not whole[slots < 0].any()
-    assert off(whole[:, :width], lora(x, bank, name, slots)) < 3e-3
+    assert off(whole[:, :width], exact(x, bank, name, slots)) < 3e-3
 
 
 @pytest.mark.parametrize("rows", [1, 40, 520])
@@ -129,10 +115,10 @@ def test_every_tiling_has_the_same_bits(rows: int, bank: SlotBank, gpu: emulated
 
 @settings(max_examples=25, deadline=None)
 @given(slots=st.lists(st.integers(-1, len(RANKS) - 1), min_size=1, max_size=40), name=st.sampled_from(NAMES))
-def test_a_row_alone_has_the_same_bits(slots: list[int], name: str, bank: SlotBank, library: ctypes.CDLL) -> None:
+def test_a_row_alone_has_the_same_bits(slots: list[int], name: str, bank: SlotBank, compiled: ctypes.CDLL) -> None:
     """I9, through SGMV."""
     with pytest.MonkeyPatch.context() as patch:
-        gpu = emulated.on_the_cpu(patch, library, processors=3)
+        gpu = emulated.on_the_cpu(patch, compiled, processors=3)
         linear, mix = bank.layout.layers[0][name], torch.tensor(slots, dtype=torch.int32)
         x = torch.randn(len(mix), linear.in_features).to(bank.weights.dtype)
         base = torch.randn(len(mix), sum(linear.out_features)).to(x.dtype)

@@ -32,13 +32,12 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
-struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
-struct dim { u32 x, y = 1, z = 1; };
+struct dim { u32 x; };
 
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
@@ -125,11 +124,6 @@ void until(Ready ready) {
     leave();
 }
 
-inline void give_way() {
-    running->current->ready = [] { return true; };
-    leave();
-}
-
 template <class Data, class All>
 void together(Lanes& lanes, int lane, int count, Data& mine, All all) {
     lanes.mine[lane] = &mine;
@@ -144,14 +138,11 @@ void together(Lanes& lanes, int lane, int count, Data& mine, All all) {
 template <class Data, class All>
 void in_warp(Data& mine, All all) { together(running->warps[threadIdx.x / 32], threadIdx.x % 32, 32, mine, all); }
 
-inline void arrive(int barrier, int count) {
-    Lanes& b = running->barriers[barrier];
-    if (++b.arrived == count) b.arrived = 0, b.generation++;
-}
-
 inline void meet_at(int barrier, int count) {
     Lanes& b = running->barriers[barrier];
     const long before = b.generation;
-    arrive(barrier, count);
-    until([&] { return b.generation != before; });
+    if (++b.arrived == count)
+        b.arrived = 0, b.generation++;
+    else
+        until([&] { return b.generation != before; });
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from banks import random_bank
+from banks import exact, random_bank
 
 from backend.geometry import load_geometry
 from backend.sgmv import Segments, SlotBank, sgmv
@@ -30,20 +30,6 @@ BATCHES = 700
 @pytest.fixture(scope="module")
 def bank() -> SlotBank:
     return random_bank(LINEARS, RANKS, torch.bfloat16)
-
-
-def expected(x: torch.Tensor, bank: SlotBank, name: str, slots: torch.Tensor) -> torch.Tensor:
-    linear = bank.layout.layers[0][name]
-    out = torch.zeros(len(x), sum(linear.out_features), dtype=torch.float64, device="cuda")
-    for slot in slots.unique().tolist():
-        if slot >= 0:
-            mine = slots == slot
-            parts = [
-                x[mine].double() @ bank.a(slot, linear, i).double().T @ bank.b(slot, linear, i).double()
-                for i in range(linear.slices)
-            ]
-            out[mine] = torch.cat(parts, 1) * float(bank.scaling[slot])
-    return out
 
 
 def run(
@@ -75,7 +61,7 @@ def test_grouped_equals_float64(engine: str, dtype: torch.dtype, shape: dict[str
             sgmv(x, out, bank, linear, buffers.of(slots, bank))
             assert bool((whole[:, width:] == 0).all())
             assert bool((out[slots < 0] == 0).all())
-            truth = expected(x, bank, name, slots)
+            truth = exact(x, bank, name, slots)
             error = float((out.double() - truth).norm() / truth.norm())
             assert error < 4e-3, f"{name} rows={rows}: {error}"
 
