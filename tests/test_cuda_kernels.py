@@ -37,7 +37,9 @@ SHAPES = {
 }
 """In two pieces, one, two, and six, so that all ways of adding partials are taken."""
 
-RANKS = [8, 16, 64, 1, 24, 7]
+RANKS, SMALL_RANKS = [8, 16, 64, 1, 24, 7], [8, 16, 1, 16, 3, 7]
+"""Of the small ones the blocks of a base product of more than 16 rows share out the shrink."""
+
 NAMES = ("qkv", "o", "gate_up", "down")
 
 
@@ -55,6 +57,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype) -> ct
 def bank(dtype: torch.dtype) -> SlotBank:
     torch.manual_seed(0)
     return random_bank(SHAPES, RANKS, dtype, "cpu")
+
+
+@pytest.fixture(scope="module", params=[RANKS, SMALL_RANKS], ids=["large ranks", "small ranks"])
+def either(request: pytest.FixtureRequest, dtype: torch.dtype) -> SlotBank:
+    torch.manual_seed(0)
+    return random_bank(SHAPES, request.param, dtype, "cpu")
 
 
 @pytest.fixture
@@ -139,8 +147,9 @@ def weight_of(bank: SlotBank, name: str) -> torch.Tensor:
 
 
 def test_lora_in_the_base_product_has_the_bits_of_both_apart(
-    bank: SlotBank, gpu: emulated.Emulated, monkeypatch: pytest.MonkeyPatch
+    either: SlotBank, gpu: emulated.Emulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bank = either
     monkeypatch.setattr(base_linear, "SPLIT_COLUMNS", 4096)  # down is split between the blocks of a cluster
     for name in NAMES:
         linear, weight = bank.layout.layers[0][name], weight_of(bank, name)
@@ -163,10 +172,14 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(
                 together = torch.full((rows, len(weight)), float("nan"), dtype=x.dtype)
                 linear_with_lora(x, weight, together, None, bank, linear, segments, kernels=True)
                 name_of_it = gpu.launched[-1]
+                assert (gpu.launched[-2].startswith("shrink")) != segments.shared_out
                 nobody = segments_of(torch.full((rows,), -1, dtype=torch.int32), bank, gpu)
                 apart = torch.full_like(together, float("nan"))
                 linear_with_lora(x, weight, apart, None, bank, linear, nobody, kernels=True)
                 gpu.synchronize()
+                if segments.shared_out:
+                    emptied = segments.exchange[int(segments.turn < 0)]
+                    assert (emptied == -1).all(), "the next launch finds cells that look written"
                 assert off(apart, x.double() @ weight.double().T) < 3e-3
                 sgmv(x, apart, bank, linear, segments_of(slots, bank, gpu))
                 gpu.synchronize()
@@ -176,8 +189,9 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(
 
 
 @pytest.mark.parametrize("most", [len(RANKS), 2, 0])
-def test_swiglu_with_the_product_is_that_of_the_product(most: int, bank: SlotBank, gpu: emulated.Emulated) -> None:
+def test_swiglu_with_the_product_is_that_of_the_product(most: int, either: SlotBank, gpu: emulated.Emulated) -> None:
     """In the base product of few rows, and in the expand of many."""
+    bank = either
     linear, weight = bank.layout.layers[0]["gate_up"], weight_of(bank, "gate_up")
     for rows in (1, 9, 32):
         x, slots = torch.randn(rows, linear.in_features).to(weight.dtype), mixed(rows, most)
@@ -214,8 +228,9 @@ def test_swiglu_with_the_product_is_that_of_the_product(most: int, bank: SlotBan
 
 
 @pytest.mark.parametrize("rows", [5, 40])
-def test_launches_that_begin_early_wait_for_what_they_read(rows: int, bank: SlotBank, gpu: emulated.Emulated) -> None:
+def test_launches_that_begin_early_wait_for_what_they_read(rows: int, either: SlotBank, gpu: emulated.Emulated) -> None:
     """Of o and qkv each computes what the next reads, over memory full of NaN: as a GPU runs them, and one after the other."""
+    bank = either
     weights, slots = {name: weight_of(bank, name) for name in ("o", "qkv")}, mixed(rows)
     first = torch.randn(rows, 256).to(bank.weights.dtype)
     found = []

@@ -18,7 +18,7 @@ def _struct(name: str, source: str, align: int = 8) -> type[ctypes.Structure]:
     """`source` is the struct's fields as `type name[count] ...`, `align` the bytes that its size is a multiple of."""
     kinds: dict[str, Any] = {"ptr": ctypes.c_void_p, "long": ctypes.c_longlong, "int": ctypes.c_int, "map": TensorMap}
     if "ExpandArgs" in source:
-        kinds["ExpandArgs"] = ExpandArgs
+        kinds |= {"ExpandArgs": ExpandArgs, "ShrinkArgs": ShrinkArgs, "ExchangeArgs": ExchangeArgs}
     fields: list[tuple[str, Any]] = []
     for line in source.split(";"):
         kind, *names = line.split()
@@ -40,13 +40,16 @@ ExpandArgs = _struct(
     "ptr h weights scaling header tiles rows y activated; long y_stride slot_stride activated_stride b_unit[3];"
     "int width[3] begin[3] groups[3] slices pieces h_rows h_rank long_run",
 )
+ExchangeArgs = _struct("ExchangeArgs", "ptr cells turn; long size")
 LinearArgs = _struct(
     "LinearArgs",
-    "ptr x w y row_slots; long x_stride y_stride; int rows in_features out_features eights; ExpandArgs lora",
+    "ptr x w y row_slots; long x_stride y_stride; int rows in_features out_features eights;"
+    "ExpandArgs lora; ShrinkArgs shrink; ExchangeArgs exchange",
 )
 WideArgs = _struct(
     "WideArgs",
-    "map w x; ptr y row_slots; long y_stride; int rows in_features out_features eights depth stage_bytes; ExpandArgs lora",
+    "map w x; ptr y row_slots; long y_stride; int rows in_features out_features eights depth stage_bytes;"
+    "ExpandArgs lora; ShrinkArgs shrink; ExchangeArgs exchange",
     align=64,
 )
 
@@ -57,6 +60,23 @@ def columns(out_features: tuple[int, ...], per_group: int) -> tuple[tuple[int, .
     widths = (*out_features, 0, 0)[:3]
     begins = (0, widths[0], widths[0] + widths[1])
     return widths, begins, tuple(-(-width // per_group) for width in widths)
+
+
+def shrink_args(
+    x: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments, cut: Cut, *, late: bool = False
+) -> ctypes.Structure:
+    """What computes the partial rank vectors of the rows of `x`, tile by tile of `cut`; `late`: see `cuda_kernels.shrink`."""
+    return ShrinkArgs(
+        x.data_ptr(), bank.weights.data_ptr(), cut.header.data_ptr(), cut.tiles.data_ptr(), segments.rows.data_ptr(),
+        segments.partials.data_ptr(), x.stride(0), bank.weights.stride(0), linear.a_units[0], linear.in_features,
+        linear.slices, len(segments.rows), padded_rank(bank.max_lora_rank), late,
+    )  # fmt: skip
+
+
+def exchange_args(segments: Segments) -> ctypes.Structure:
+    """Where the blocks of a base product hand each other rank vectors."""
+    cells = segments.exchange
+    return ExchangeArgs(cells.data_ptr(), segments.turn.data_ptr(), cells.shape[1])
 
 
 def expand_args(

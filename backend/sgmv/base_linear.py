@@ -1,7 +1,8 @@
-"""The base product of few rows together with what LoRA adds to it, as one kernel that follows `cuda_kernels.shrink`.
+"""The base product of few rows together with what LoRA adds to it, as one kernel, or two: see `Segments.shared_out`.
 
 Up to 32 rows `linear_*` (`cuda/linear.cu`), on GPUs with enough shared memory, and `linear_gated_*` for gate and up, which
-applies SwiGLU; up to 128 rows `linear_wide_*` (`cuda/linear_wide.cu`), on Hopper. While most warps stream the base weights, others compute B h of the adapted rows.
+applies SwiGLU; up to 128 rows `linear_wide_*` (`cuda/linear_wide.cu`), on Hopper. While most warps stream the base weights,
+others shrink their share of the adapted rows and read what other blocks have shrunk, or a kernel before has, and compute B h.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from backend.sgmv.arguments import LinearArgs, TensorMap, WideArgs, columns, expand_args
+from backend.sgmv.arguments import LinearArgs, TensorMap, WideArgs, columns, exchange_args, expand_args, shrink_args
 from backend.sgmv.nvrtc import Kernels, checked, kernels
 from backend.sgmv.segments import PIECE, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
@@ -23,12 +24,14 @@ Lora = tuple[SlotBank, FusedLinear, Segments]
 BOX = 64
 """Columns that the copy engine fetches at a time: 128 bytes, as its widest swizzle has them."""
 
+MAKERS, HELPERS, WIDE_THREADS = 256, 256, 416
+"""Threads that multiply and that add LoRA's part in `linear_*`, and all of `linear_wide_*`; fixed in `cuda/`."""
+
 RING_MOST = 24
 """Stages of a ring at most; fixed in `cuda/linear_wide.cu`."""
 
 LEAN_BYTES, LEAN_STAGES = 190 * 1024, 5
-"""With so much shared memory a block fits beside blocks of the shrink before it, so that w is on its way while they run; not
-where the ring would have fewer stages."""
+"""So much shared memory leaves room for blocks of the kernels before and after; not where the ring would have fewer stages."""
 
 SPLIT_COLUMNS = 8192
 """From so many columns on two blocks share them, where there are processors for both."""
@@ -57,11 +60,11 @@ def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch 
         # So large that a multiprocessor holds one block, and the next launch's waits its turn.
         shared = 8 * depth * (width + most) * 128 + 8 * most * (width + 4) * 4
         if rank:
-            shared += 4 * most * (2 * width + rank + 4)
+            shared += 4 * most * (2 * width + rank + 4) + 2 * most * width * 2
         whole = not rank or not any(w % width for w in slices)
         if rows <= most and whole and shared <= run.rooms[f"linear_{most}"]:
             grid = min(-(-sum(slices) // width), run.processors)
-            return Launch(f"linear_{most}", grid, 384 if rank else 256, shared, width)
+            return Launch(f"linear_{most}", grid, MAKERS + HELPERS if rank else MAKERS, shared, width)
     return None
 
 
@@ -71,10 +74,10 @@ def _gated(rows: int, half: int, rank: int, run: Kernels) -> Launch | None:
         most = 8 * eights
         shared = 8 * depth * (32 + most) * 128 + 8 * most * 36 * 4
         if rank:
-            shared += 4 * most * 2 * (32 + rank + 4)
+            shared += 4 * most * 2 * (32 + rank + 4) + 2 * most * 32 * 2
         name = f"linear_gated_{most}"
         if rows <= most and half % 16 == 0 and shared <= run.rooms[name]:
-            return Launch(name, min(half // 16, run.processors), 384 if rank else 256, shared, 16)
+            return Launch(name, min(half // 16, run.processors), MAKERS + HELPERS if rank else MAKERS, shared, 16)
     return None
 
 
@@ -99,7 +102,7 @@ def _wide(rows: int, slices: tuple[int, ...], width: int, rank: int, run: Kernel
     if depth < 3:
         return None
     grid = tiles * cluster if cluster > 1 else min(tiles, run.processors)
-    return Launch(name, grid, 128 * groups + 160, fixed + depth * stage, tile, cluster, depth)
+    return Launch(name, grid, WIDE_THREADS, fixed + depth * stage, tile, cluster, depth)
 
 
 def _plan(x: torch.Tensor, slices: tuple[int, ...], lora: Lora | None) -> Launch | None:
@@ -141,8 +144,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora 
     """`out = x @ weight.T`, plus the LoRA product of the adapted rows if `lora`; see `takes`.
 
     `x` [T, in], `weight` [out, in] contiguous, `out` [T, out]. It begins to fetch `weight` while its predecessor in the
-    stream still runs. With `lora` it follows `cuda_kernels.shrink`, and the bits are those of the base product rounded, and
-    `cuda_kernels.expand` after it. A row's bits do not depend on the other rows' values.
+    stream still runs. With `lora` the bits are those of the base product rounded, and `cuda_kernels.shrink` and `expand` after
+    it; that shrink must have been launched unless `Segments.shared_out`, when a GPU runs one of these at a time: blocks wait for
+    each other. A row's bits do not depend on the other rows' values.
     """
     slices = lora[1].out_features if lora else (len(weight),)
     plan = _plan(x, slices, lora)
@@ -166,14 +170,22 @@ def _launch_few(plan: Launch, x: torch.Tensor, weight: torch.Tensor, out: torch.
 
 
 def _launch(plan: Launch, args: ctypes.Structure, x: torch.Tensor, out: torch.Tensor, lora: Lora | None) -> None:
+    early = True
     if lora:
         bank, layout, segments = lora
+        if segments.shared_out:
+            early = segments.begin()
+            args.shrink, args.exchange = (
+                shrink_args(x, bank, layout, segments, segments.cuts[0]),
+                exchange_args(segments),
+            )
+            args.shrink.h = segments.exchange.data_ptr()
         args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.cuts[0].tiling.tile_rows // 8
         groups = columns(layout.out_features, plan.columns)[2]
         pieces = -(-x.shape[1] // PIECE)
         args.lora = expand_args(out, bank, layout, segments, segments.cuts[0], groups=groups, pieces=pieces, long_run=1)
     kernels(x.dtype).launch(
-        plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=True, cluster=plan.cluster
+        plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=early, cluster=plan.cluster
     )
 
 

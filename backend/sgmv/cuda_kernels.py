@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from backend.sgmv.arguments import ShrinkArgs, columns, expand_args
+from backend.sgmv.arguments import columns, expand_args, shrink_args
 from backend.sgmv.nvrtc import Kernels, kernels
 from backend.sgmv.segments import PIECE, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
@@ -84,11 +84,7 @@ def shrink(
     if long:
         each = _shrink_blocks(-(-rows // 64), height, pieces, run)
         name, blocks = f"{name}_{each}", -(-blocks // each)
-    args = ShrinkArgs(
-        x.data_ptr(), bank.weights.data_ptr(), cut.header.data_ptr(), cut.tiles.data_ptr(),
-        segments.rows.data_ptr(), segments.partials.data_ptr(), x.stride(0), bank.weights.stride(0),
-        linear.a_units[0], linear.in_features, linear.slices, rows, padded_rank(bank.max_lora_rank), late,
-    )  # fmt: skip
+    args = shrink_args(x, bank, linear, segments, cut, late=late)
     shared = 3 * 64 * (128 + 32) * 2 if long else 0
     run.launch(
         name, _grid(rows * pieces * blocks, name, run), 128 if long else 256, (args,), shared, early=segments.begin()

@@ -14,6 +14,10 @@ from backend.sgmv.tilings import TRITON, Tiling, cuts
 MOST_CUTS = 2
 """Sizes of tiles that a batch is cut into at most."""
 
+SHARED_ROWS, SHARED_RANK = range(17, 129), 16
+"""Batches, and the largest `max_lora_rank`, whose shrink the blocks of a base product share out: with fewer rows or larger ranks
+a kernel of its own before it was as fast or faster on an H100. That 16 rows are too few is fixed in `cuda/` too."""
+
 PIECE = 1024
 """Input columns whose partial product is kept apart; fixed in `cuda/common.cu`, and the same in Triton."""
 
@@ -37,13 +41,16 @@ class Segments:
 
     `row_slots` int32[T], the input; `rows` int32[T]: original row of each sorted position (only the adapted ones
     count); `cuts`: the tiles, in one size or two; `partials` float32: partial rank vectors on their way from shrink to
-    expand. Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
+    expand; `exchange` float32 bits [2, cells] and `turn`: the same between the blocks of a base product, see
+    `cuda/shrink_share.cu`. Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
     """
 
     row_slots: torch.Tensor
     rows: torch.Tensor
     cuts: tuple[Cut, ...]
     partials: torch.Tensor
+    exchange: torch.Tensor
+    turn: torch.Tensor
     engine: str  # "cuda", "triton" or "torch"
     fresh: bool = field(default=True)
 
@@ -60,7 +67,15 @@ class Segments:
         cells = 0 if engine == "torch" else max_rows * partial_cells(bank)
         room = tuple(Cut(TRITON, ints(4), ints(max_rows, 4)) for _ in range(MOST_CUTS))
         partials = torch.empty(cells, dtype=torch.float32, device=device)
-        return cls(ints(max_rows).fill_(-1), ints(max_rows), room, partials, engine)
+        shared = engine == "cuda" and bank.max_lora_rank <= SHARED_RANK
+        cells = min(max_rows, SHARED_ROWS[-1]) * partial_cells(bank) if shared else 0
+        exchange = ints(2, cells).fill_(-1)  # EMPTY in `cuda/shrink_share.cu`
+        return cls(ints(max_rows).fill_(-1), ints(max_rows), room, partials, exchange, ints(1), engine)
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether a base product that adds LoRA's part shrinks as well."""
+        return self.exchange.shape[1] > 0 and len(self.rows) in SHARED_ROWS
 
     def of(self, row_slots: torch.Tensor, bank: SlotBank, tilings: tuple[Tiling, ...] | None = None) -> Segments:
         """The segments of a batch, in these buffers: `row_slots` int32[T] on the device, T at most `max_rows`.
@@ -72,7 +87,7 @@ class Segments:
         if tilings is None:
             tilings = cuts(count, bank.max_lora_rank) if self.engine == "cuda" else (TRITON,)
         made = tuple(Cut(t, room.header, room.tiles[:count]) for t, room in zip(tilings, self.cuts, strict=False))
-        view = Segments(row_slots, self.rows[:count], made, self.partials, self.engine)
+        view = Segments(row_slots, self.rows[:count], made, self.partials, self.exchange, self.turn, self.engine)
         if self.engine == "cuda":
             _build_on_cuda(view, bank)
         elif self.engine == "triton":

@@ -2,6 +2,8 @@
 
 template <int ID>
 void meet(int threads) { meet_at(ID, threads); }
+inline void arrive_at(int barrier) { arrive(barrier, blockDim.x); }
+inline void wait_at(int barrier) { meet_at(barrier, blockDim.x); }
 inline void __syncthreads() { meet_at(0, blockDim.x); }
 inline void __syncwarp() { int none; in_warp(none, [](int**) {}); }
 
@@ -56,6 +58,10 @@ inline void let_next_start() {
         return mine.all(mine.released) && (!mine.next || mine.next->all(mine.next->idle));
     });
 }
+inline u32 read_now(const u32* at) { give_way(); return __atomic_load_n(at, __ATOMIC_RELAXED); }
+inline void add_now(u32* at, u32 v) { __atomic_fetch_add(at, v, __ATOMIC_RELAXED); }
+inline float2 peek(const float* cell) { return {__uint_as_float(read_now((const u32*)cell)), __uint_as_float(read_now((const u32*)cell + 1))}; }
+inline void hand_over(float* cell, float v) { __atomic_store_n((u32*)cell, __float_as_uint(v), __ATOMIC_RELAXED); }
 inline uint4 load_weight(const u16* p) { uint4 v; memcpy(&v, p, 16); return v; }
 inline uint4 load_row(const u16* p) { return load_weight(p); }
 inline void copy_async(void* to, const void* from, bool valid) { running->current->copies.push_back({to, valid ? from : nullptr}); }

@@ -35,6 +35,7 @@ typedef unsigned long long u64;
 struct int4 { int x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
+struct int2 { int x, y; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct dim { u32 x; };
@@ -124,6 +125,11 @@ void until(Ready ready) {
     leave();
 }
 
+inline void give_way() {
+    running->current->ready = [] { return true; };
+    leave();
+}
+
 template <class Data, class All>
 void together(Lanes& lanes, int lane, int count, Data& mine, All all) {
     lanes.mine[lane] = &mine;
@@ -138,11 +144,14 @@ void together(Lanes& lanes, int lane, int count, Data& mine, All all) {
 template <class Data, class All>
 void in_warp(Data& mine, All all) { together(running->warps[threadIdx.x / 32], threadIdx.x % 32, 32, mine, all); }
 
-inline void meet_at(int barrier, int count) {
+inline void arrive(int barrier, int count) {
     Lanes& b = running->barriers[barrier];
+    if (++b.arrived == count) b.arrived = 0, b.generation++;
+}
+
+inline void meet_at(int barrier, int count) {
+    const Lanes& b = running->barriers[barrier];
     const long before = b.generation;
-    if (++b.arrived == count)
-        b.arrived = 0, b.generation++;
-    else
-        until([&] { return b.generation != before; });
+    arrive(barrier, count);
+    until([&] { return b.generation != before; });
 }

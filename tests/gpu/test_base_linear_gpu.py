@@ -8,6 +8,7 @@ import torch
 from banks import random_bank
 
 from backend.geometry import load_geometry
+from backend.linears import linear_with_lora
 from backend.sgmv import Segments, base_linear, cuda_kernels
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +39,7 @@ def test_base_product_of_few_rows(features: tuple[int, int], dtype: torch.dtype)
 @pytest.mark.parametrize("model", SHAPES)
 @pytest.mark.parametrize("ranks", [[16] * 128, [8, 16, 64, 32, 1, 24, 50, 64], [128, 7, 100]], ids=str)
 def test_lora_in_the_base_product_has_the_bits_of_both_apart(model: str, ranks: list[int], dtype: torch.dtype) -> None:
-    """Random mixes over scratch memory full of NaN: the base product, then shrink and expand, against shrink and one kernel."""
+    """Random mixes over scratch memory full of NaN: base product, shrink and expand, against one kernel, or shrink and one."""
     ranks = ranks[:: 4 if model == "8b" and len(ranks) > 64 else 1]
     bank, rng = random_bank(SHAPES[model], ranks, dtype), np.random.default_rng(len(ranks))
     compared = 0
@@ -58,13 +59,16 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(model: str, ranks: 
                 together = torch.full((rows, len(weight)), float("nan"), device="cuda", dtype=dtype)
                 apart = torch.zeros_like(together)
                 buffers.partials.fill_(float("nan"))
-                cuda_kernels.shrink(x, bank, linear, segments, late=False)
-                base_linear.linear(x, weight, together, (bank, linear, segments))
+                linear_with_lora(x, weight, together, None, bank, linear, segments, kernels=True)
+                if segments.shared_out:
+                    emptied = buffers.exchange[int(buffers.turn < 0)]
+                    assert (emptied == -1).all(), "the next launch finds cells that look written"
+                buffers.partials.fill_(float("nan"))
                 plan = base_linear._plan(x, linear.out_features, (bank, linear, segments))
                 assert plan is not None
                 base = torch.full((rows,), -1, dtype=torch.int32, device="cuda")
                 plain = Segments.allocate(rows, bank).of(base, bank)
-                base_linear.linear(x, weight, apart, (bank, linear, plain))
+                linear_with_lora(x, weight, apart, None, bank, linear, plain, kernels=True)
                 truth = x.double() @ weight.double().T
                 assert float((apart.double() - truth).norm() / truth.norm()) < 3e-3
                 segments = buffers.of(slots, bank)
@@ -78,10 +82,12 @@ def test_lora_in_the_base_product_has_the_bits_of_both_apart(model: str, ranks: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model", SHAPES)
-def test_swiglu_in_the_base_product_has_the_bits_of_both_apart(model: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ranks", [[8, 16, 64, 32, 1, 24, 50, 64], [16, 8, 1, 16, 3, 7, 16, 16]], ids=str)
+def test_swiglu_in_the_base_product_has_the_bits_of_both_apart(
+    model: str, ranks: list[int], dtype: torch.dtype
+) -> None:
     from backend import ops_triton
 
-    ranks = [8, 16, 64, 32, 1, 24, 50, 64]
     bank, rng = random_bank(SHAPES[model], ranks, dtype), np.random.default_rng(0)
     linear = bank.layout.layers[0]["gate_up"]
     weight = torch.randn(sum(linear.out_features), linear.in_features, device="cuda", dtype=dtype)
@@ -97,10 +103,28 @@ def test_swiglu_in_the_base_product_has_the_bits_of_both_apart(model: str, dtype
                 slots = torch.tensor(rng.integers(-1, most, rows), dtype=torch.int32, device="cuda")
                 buffers.partials.fill_(float("nan"))
                 lora = bank, linear, buffers.of(slots, bank)
-                cuda_kernels.shrink(x, *lora, late=False)
+                if not lora[2].shared_out:
+                    cuda_kernels.shrink(x, *lora, late=False)
             assert base_linear.takes_gated(x, weight, lora)
             base_linear.linear(x, weight, gate_up, lora)
             ops_triton.silu_mul(gate_up, apart)
             base_linear.gated(x, weight, together, lora)
             assert torch.isfinite(apart).all()
             assert torch.equal(together, apart), f"{rows} rows of {most} adapters"
+
+
+@pytest.mark.parametrize("rows", [17, 32, 64, 128])
+def test_rows_of_nan_hold_nobody_up(rows: int) -> None:
+    """Blocks wait for cells with the bits of a NaN that arithmetic does not make, not for any NaN."""
+    bank = random_bank(SHAPES["8b"], [16] * 4, torch.bfloat16)
+    linear = bank.layout.layers[0]["qkv"]
+    weight = torch.randn(sum(linear.out_features), linear.in_features, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, linear.in_features, device="cuda", dtype=torch.bfloat16)
+    segments = Segments.allocate(rows, bank).of(torch.arange(rows, dtype=torch.int32, device="cuda") % 4, bank)
+    assert segments.shared_out
+    clean, mixed = torch.zeros(2, rows, len(weight), device="cuda", dtype=torch.bfloat16)
+    base_linear.linear(x, weight, clean, (bank, linear, segments))
+    x.view(torch.int16)[3] = -1  # bits 0xffff: a NaN
+    base_linear.linear(x, weight, mixed, (bank, linear, segments))
+    assert mixed[3].isnan().all()
+    assert torch.equal(mixed[:3], clean[:3]) and torch.equal(mixed[4:], clean[4:])

@@ -1,13 +1,8 @@
-// What the base products share that add LoRA's part themselves: four warps of their own compute B h of the adapted rows while
-// others stream the base weights. It is added to the rounded sums, so that the bits are those of the base product and `expand` after it.
+// What the base products share that add LoRA's part themselves: warps of their own do a share of the shrink, unless it comes before, then compute B h of
+// the adapted rows, while others stream the base weights. It is added to the rounded sums, so that the bits are those of the base
+// product, `shrink` and `expand` one after the other.
 
-#define HELPERS 128
 #define NO_DELTA (-0.f)  // adding it changes no bit
-
-template <int ID>
-static __device__ __forceinline__ void meet(int threads) {
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(threads) : "memory");
-}
 
 // What `expand` makes of a base product that was rounded when it was written.
 static __device__ __forceinline__ float plus(float base, float delta, float scale) {
@@ -21,32 +16,37 @@ static __device__ __forceinline__ int slice_of(const Expand& p, int column) {
 }
 
 // The segments of at most N rows in shared memory, and the rank vectors of every sorted position.
-template <int N>
+template <int N, int HELPERS>
 struct Adapted {
-    int4 tiles[N];    // slot, first position, rows, rank; high ranks first, so that warps that take them in turn have as much to do
+    int4 found[N];    // as in the segments: slot, first position, rows, rank
+    int4 tiles[N];    // high ranks first, so that warps that take them in turn have as much to do
     int rows[N];      // of each position
     int ranks[N];     // of each position
     float scales[N];  // of each row
     bool mine[N];     // whether this block of its cluster finishes a row
 
-    // Before the predecessor has completed: segments are older. Items are dealt to blocks `deal` at a time.
-    __device__ __forceinline__ void load(const Expand& p, const int* row_slots, int count, int eights, int thread, int deal,
-                                         int rank, int size) {
-        for (int i = thread; i < count; i += HELPERS) {
-            ranks[i] = 0;
-            scales[i] = 1.f;
-            mine[i] = i % size == rank && row_slots[i] < 0;
-            rows[i] = p.rows[i];
+    // One trip to memory, before the predecessor has completed: segments are older. How many tiles, and their largest rank.
+    __device__ __forceinline__ int2 load(const Expand& p, const int* row_slots, int count, int thread, int rank, int size) {
+        const int2 header = *(const int2*)p.header;
+        if (thread < count) {
+            const int4 tile = p.tiles[thread];  // of no meaning past the last
+            const int row = p.rows[thread], slot = row_slots[thread];
+            found[thread] = tile, rows[thread] = row, ranks[thread] = 0, scales[thread] = 1.f;
+            mine[thread] = thread % size == rank && slot < 0;
         }
-        const int found = p.header[0];
         meet<3>(HELPERS);
-        for (int number = thread; number < found; number += HELPERS) {
-            const int4 tile = p.tiles[number];
+        return header;
+    }
+
+    // Items are dealt to blocks `deal` at a time.
+    __device__ __forceinline__ void sort(const Expand& p, int count, int eights, int thread, int deal, int rank, int size) {
+        if (thread < count) {
+            const int4 tile = found[thread];
             const float scale = p.scaling[tile.x];
             int t = 0;
-            for (int other = 0; other < found; other++) {
-                const int rank = p.tiles[other].w;
-                t += rank > tile.w || (rank == tile.w && other < number);
+            for (int other = 0; other < count; other++) {
+                const int rank = found[other].w;
+                t += rank > tile.w || (rank == tile.w && other < thread);
             }
             tiles[t] = tile;
             for (int i = 0; i < tile.z; i++) {
@@ -58,40 +58,59 @@ struct Adapted {
         meet<3>(HELPERS);
     }
 
-    // h [count][h_rank + 4]: pairs of ranks, the leading parts before the rests; partials are added in order, then split
-    // into two numbers of the weights' type.
-    __device__ __forceinline__ void gather(const Expand& p, u32* h, int count, int slice, int thread) const {
+    // h [count][h_rank + 4]: pairs of ranks, the leading parts before the rests; partials, as soon as they are there, are added
+    // in order, then split into two numbers of the weights' type. `most`: the largest rank.
+    __device__ __forceinline__ void gather(const Expand& p, const float* filled, int most, u32* h, int count, int slice,
+                                           int thread) const {
+        const int pairs = (most + 15) / 16 * 8, all = count * pairs;
+        if (all <= HELPERS)
+            gather_pairs<1, 8>(p, filled, pairs, all, h, slice, thread);
+        else
+            gather_pairs<4, 4>(p, filled, pairs, all, h, slice, thread);
+        meet<3>(HELPERS);
+    }
+
+    // PAIRS at a time of a thread, PIECES partials of each.
+    template <int PAIRS, int PIECES>
+    __device__ __forceinline__ void gather_pairs(const Expand& p, const float* filled, int pairs, int all, u32* h, int slice,
+                                                 int thread) const {
         const long long step = (long long)p.h_rows * p.slices * p.h_rank;
-        const int pairs = (p.header[1] + 15) / 16 * 8, all = count * pairs;
-        for (int start = thread; start < all; start += 4 * HELPERS) {
-            const float* from[4];
-            float low[4], high[4];
+        for (int start = thread; start < all; start += PAIRS * HELPERS) {
+            const float* from[PAIRS];
+            float low[PAIRS], high[PAIRS];
+            int left[PAIRS];  // ranks from the pair's first on; cells past them are never written
 #pragma unroll
-            for (int u = 0; u < 4; u++) {
-                const int i = min(start + u * HELPERS, all - 1);
-                from[u] = p.h + ((long long)(i / pairs) * p.slices + slice) * p.h_rank + 2 * (i % pairs);
+            for (int u = 0; u < PAIRS; u++) {
+                const int i = min(start + u * HELPERS, all - 1), at = i / pairs, pair = i % pairs;
+                from[u] = filled + ((long long)at * p.slices + slice) * p.h_rank + 2 * pair;
+                left[u] = start + u * HELPERS < all ? ranks[at] - 2 * pair : 0;
                 low[u] = high[u] = 0.f;
             }
-#pragma unroll 4
-            for (int piece = 0; piece < p.pieces; piece++)
+            for (int first = 0; first < p.pieces; first += PIECES) {
+                float2 v[PIECES][PAIRS];
 #pragma unroll
-                for (int u = 0; u < 4; u++)
-                    if (start + u * HELPERS < all) {
-                        const float2 v = *(const float2*)(from[u] + piece * step);
-                        low[u] += v.x, high[u] += v.y;
-                    }
+                for (int n = 0; n < PIECES * PAIRS; n++) {
+                    const int piece = first + n / PAIRS, u = n % PAIRS;
+                    v[n / PAIRS][u] = piece < p.pieces && left[u] > 0 ? peek(from[u] + piece * step) : make_float2(0.f, 0.f);
+                }
 #pragma unroll
-            for (int u = 0; u < 4; u++) {
-                const int i = start + u * HELPERS, at = i / pairs, pair = i % pairs;
+                for (int n = 0; n < PIECES * PAIRS; n++) {
+                    const int u = n % PAIRS;
+                    float2& part = v[n / PAIRS][u];
+                    while (empty(part.x) || (left[u] > 1 && empty(part.y))) part = peek(from[u] + (first + n / PAIRS) * step);
+                    low[u] += part.x, high[u] += part.y;
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < PAIRS; u++) {
+                const int i = start + u * HELPERS;
                 if (i >= all) continue;
-                // Cells past the rank hold what an earlier step left there.
-                const float a = 2 * pair < ranks[at] ? low[u] : 0.f, b = 2 * pair + 1 < ranks[at] ? high[u] : 0.f;
+                const float a = left[u] > 0 ? low[u] : 0.f, b = left[u] > 1 ? high[u] : 0.f;
                 const u32 value = pack(a, b);
-                u32* to = h + at * (p.h_rank + 4) + pair;
+                u32* to = h + i / pairs * (p.h_rank + 4) + i % pairs;
                 to[0] = value, to[p.h_rank / 2] = pack(a - widen(value, 0), b - widen(value, 1));
             }
         }
-        meet<3>(HELPERS);
     }
 };
 

@@ -8,6 +8,8 @@ struct LinearWide {
     int rows, in_features, out_features, eights;  // eights: rows of a tile of `lora`, by eight
     int depth, stage_bytes;                       // of the ring
     Expand lora;
+    Shrink shrink;
+    Exchange exchange;
 };
 
 // The sums of the cluster's blocks for four columns of a row, in the order of their ranks.
@@ -33,18 +35,19 @@ struct Ring {  // a place in the ring of boxes, and how often it was gone round
 
 // The base product of at most N rows, and what LoRA adds to it. A block takes 64 * GROUPS rows of w at a time; the blocks of a
 // cluster split the columns among them and add their sums up in the order of their ranks. One warp fetches w and x by the copy
-// engine into a ring of boxes; GROUPS warpgroups multiply; meanwhile four warps compute B h of the adapted rows, which
-// is then added to the rounded sums: the bits are those of the base product alone and `expand` after it.
+// engine into a ring of boxes; GROUPS warpgroups multiply; meanwhile others do a share of the shrink, unless it comes before, and compute B h of the adapted
+// rows, which is then added to the rounded sums: the bits are those of the base product alone and `expand` after it.
 // As in `linear`, the first of w do not wait for x.
 template <int N, int GROUPS>
 struct Wide {
+    static constexpr int HELPERS = GROUPS > 1 ? 128 : 256;  // more would leave too few registers
     static constexpr int M = 64 * GROUPS, STAGE = (M + N) * 64, STRIDE = M + 4, SHARERS = 128 * GROUPS;
     const LinearWide& p;
     u16* boxes;  // [depth][w: M, x: N][64]
-    u64 *full, *empty;
+    u64 *full, *empty, *shared_out;
     float *sums, *deltas;  // [N][STRIDE]; the same place unless blocks share a tile
     u32* h;
-    Adapted<N>& adapted;
+    Adapted<N, HELPERS>& adapted;
     int rank, size, tiles, first, count;
 
     __device__ __forceinline__ void fetch() const {
@@ -65,6 +68,7 @@ struct Wide {
                 for (; i < early; i++) fetch_w(tile, i);
                 wait_for_previous();
                 for (i = 0; i < early; i++) fetch_x(i);
+                if (p.row_slots && p.exchange.size > 0 && heavy(p.shrink)) barrier_wait(shared_out, 0);
             }
             for (; i < count; i++) {
                 if (w_at.round > 0) barrier_wait(empty + w_at.slot, (w_at.round - 1) & 1);
@@ -78,8 +82,19 @@ struct Wide {
         constexpr int WARPS = HELPERS / 32;
         const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
         const int stride = gridDim.x / size, by = WARPS * size, start = rank * WARPS + warp;
-        adapted.load(p.lora, p.row_slots, p.rows, p.eights, thread, WARPS, rank, size);
-        const int items = p.lora.header[0] * p.eights;
+        __shared__ float partial[2][RUNS][8 * 20];
+        ShrinkShare<HELPERS> share;
+        const int2 header = adapted.load(p.lora, p.row_slots, p.rows, thread, rank, size);
+        const bool shares = p.exchange.size > 0;
+        if (shares) share.begin(p.shrink, header, adapted.found, adapted.rows, thread);
+        adapted.sort(p.lora, header.x, p.eights, thread, WARPS, rank, size);
+        const float* filled = p.lora.h;
+        if (shares) {
+            wait_for_previous();
+            filled = share.finish(p.shrink, p.exchange, partial, thread);
+            if (thread == 0) barrier_arrive(shared_out);
+        }
+        const int items = header.x * p.eights;
         int slice = 0, column = 0, gathered = -1;
         Item now{}, ahead{};
         uint4 b[8];
@@ -110,7 +125,7 @@ struct Wide {
             for (int i = thread; i < p.rows * (STRIDE / 4); i += HELPERS)
                 ((float4*)deltas)[i] = make_float4(NO_DELTA, NO_DELTA, NO_DELTA, NO_DELTA);
             meet<3>(HELPERS);
-            if (gathered != slice) adapted.gather(p.lora, h, p.rows, slice, thread);
+            if (gathered != slice) adapted.gather(p.lora, filled, header.y, h, p.rows, slice, thread);
             gathered = slice;
             while (now.valid) {
                 float d[8][1][4];
@@ -209,28 +224,29 @@ template <int N, int GROUPS>
 static __device__ __forceinline__ void linear_wide(const LinearWide& p) {
     using Block = Wide<N, GROUPS>;
     extern __shared__ __align__(1024) u16 boxes[];
-    __shared__ u64 full[RING_MOST], empty[RING_MOST];
-    __shared__ Adapted<N> adapted;
+    __shared__ u64 full[RING_MOST], empty[RING_MOST], shared_out;
+    __shared__ Adapted<N, Block::HELPERS> adapted;
     const int rank = cluster_rank(), size = cluster_size(), steps = (p.in_features + 63) / 64;
     const int first = steps * rank / size, count = steps * (rank + 1) / size - first;
     let_next_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.depth; i++) barrier_init(full + i, 1), barrier_init(empty + i, 4 * GROUPS);
+        barrier_init(&shared_out, 1);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
     float* sums = (float*)(boxes + p.depth * Block::STAGE);
     float* deltas = size > 1 ? sums + N * Block::STRIDE : sums;
-    Block block{p,    boxes, full, empty, sums, deltas, (u32*)(deltas + N * Block::STRIDE), adapted,
+    Block block{p,    boxes, full, empty, &shared_out, sums, deltas, (u32*)(deltas + N * Block::STRIDE), adapted,
                 rank, size,  (p.out_features + Block::M - 1) / Block::M, first, count};
     const int thread = threadIdx.x;
     if (thread < Block::SHARERS) {
         block.multiply_and_finish(thread);
         return;
     }
-    if (thread == Block::SHARERS + HELPERS)
+    if (thread == Block::SHARERS + Block::HELPERS)
         block.fetch();
-    else if (thread < Block::SHARERS + HELPERS && p.row_slots)
+    else if (thread < Block::SHARERS + Block::HELPERS && p.row_slots)
         block.add_lora(thread - Block::SHARERS);
     __syncwarp();
     if (size > 1) {
@@ -240,7 +256,7 @@ static __device__ __forceinline__ void linear_wide(const LinearWide& p) {
 }
 
 #define WIDE_KERNEL(N, GROUPS) \
-    KERNEL(linear_wide_##N##_##GROUPS, GROUPS * 128 + 160, 1, LinearWide, linear_wide<N COMMA GROUPS>)
+    KERNEL(linear_wide_##N##_##GROUPS, 416, 1, LinearWide, linear_wide<N COMMA GROUPS>)
 WIDE_KERNEL(64, 1)
 WIDE_KERNEL(64, 2)
 WIDE_KERNEL(128, 1)
