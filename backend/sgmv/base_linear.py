@@ -175,11 +175,9 @@ def _launch(plan: Launch, args: ctypes.Structure, x: torch.Tensor, out: torch.Te
         bank, layout, segments = lora
         if segments.shared_out:
             early = segments.begin()
-            args.shrink, args.exchange = (
-                shrink_args(x, bank, layout, segments, segments.cuts[0]),
-                exchange_args(segments),
-            )
+            args.shrink = shrink_args(x, bank, layout, segments, segments.cuts[0])
             args.shrink.h = segments.exchange.data_ptr()
+            args.exchange = exchange_args(segments)
         args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.cuts[0].tiling.tile_rows // 8
         groups = columns(layout.out_features, plan.columns)[2]
         pieces = -(-x.shape[1] // PIECE)

@@ -48,9 +48,9 @@ static __device__ __forceinline__ float4 gated(const float4& gate, const float4&
                        swiglu(rounded(gate.z), rounded(up.z)), swiglu(rounded(gate.w), rounded(up.w)));
 }
 
-// A share of the shrink, unless it comes before; then B h for each tile of `linear`, added to the products that it hands over. A lane has 2 * MT columns
-// next to each other, or two of each slice if GATED; of two, the first is a row of mma's upper eight and the second of its lower.
-// UNITS times sixteen ranks of B are on their way at once.
+// A share of the shrink, unless it comes before; then B h for each tile of `linear`, added to the products that it hands over. A lane
+// has 2 * MT columns next to each other, or two of each slice if GATED; of two, the first is a row of mma's upper eight and the
+// second of its lower. UNITS times sixteen ranks of B are on their way at once.
 template <int MT, int NT, bool GATED>
 static __device__ __forceinline__ void few_deltas(const Linear& p, Adapted<8 * NT, FEW_HELPERS>& adapted, float* deltas,
                                                   const uint2* products, int tiles, int thread) {

@@ -1,6 +1,6 @@
-// What the base products share that add LoRA's part themselves: warps of their own do a share of the shrink, unless it comes before, then compute B h of
-// the adapted rows, while others stream the base weights. It is added to the rounded sums, so that the bits are those of the base
-// product, `shrink` and `expand` one after the other.
+// What the base products share that add LoRA's part themselves: warps of their own do a share of the shrink, unless it comes
+// before, then compute B h of the adapted rows, while others stream the base weights. It is added to the rounded sums, so that the
+// bits are those of the base product, `shrink` and `expand` one after the other.
 
 #define NO_DELTA (-0.f)  // adding it changes no bit
 

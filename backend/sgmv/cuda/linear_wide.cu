@@ -35,8 +35,9 @@ struct Ring {  // a place in the ring of boxes, and how often it was gone round
 
 // The base product of at most N rows, and what LoRA adds to it. A block takes 64 * GROUPS rows of w at a time; the blocks of a
 // cluster split the columns among them and add their sums up in the order of their ranks. One warp fetches w and x by the copy
-// engine into a ring of boxes; GROUPS warpgroups multiply; meanwhile others do a share of the shrink, unless it comes before, and compute B h of the adapted
-// rows, which is then added to the rounded sums: the bits are those of the base product alone and `expand` after it.
+// engine into a ring of boxes; GROUPS warpgroups multiply; meanwhile others do a share of the shrink, unless it comes before,
+// and compute B h of the adapted rows, which is then added to the rounded sums: the bits are those of the base product alone and
+// `expand` after it.
 // As in `linear`, the first of w do not wait for x.
 template <int N, int GROUPS>
 struct Wide {
