@@ -1,7 +1,7 @@
 """Nsight Compute's text output as a table: `python -m benchmarks.ncu_table FILE.txt`.
 
-FILE.txt is what `ncu --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats --section
-Occupancy --section LaunchStats python -m benchmarks.sgmv --cell …` printed. Columns: the cell, its kernel, microseconds,
+FILE.txt is what `ncu --cache-control none --clock-control none --section SpeedOfLight --section WarpStateStats --section
+Occupancy -k "regex:shrink|expand|linear|nvjet" python -m benchmarks.sgmv --cell …` printed. Columns: the cell, its kernel, microseconds,
 per cent of the peak throughput of device memory, L2 cache and multiprocessors, per cent of warps resident, and what
 warps mostly waited for with its share of their time.
 """
