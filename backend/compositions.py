@@ -9,14 +9,18 @@ import numpy as np
 
 from backend.base import NO_SLOT, EngineLimits, StepBatch
 
-CAPTURED = (16, 64, 128, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+CAPTURED = (16, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """Rows of steps with prompts: where graphs are far apart, every size that is captured (`live.GRAPH_SIZES`)."""
 
 LONGER, BEYOND = (1536, 2048, 3072, 4096), (6144, 8192)
 """The same of longer steps, and of those that are not captured."""
 
-BETWEEN = tuple(size for size in range(1152, 4096, 128) if size not in LONGER)
-"""Captured sizes of which only base products are measured: they jump between sizes, what adapters add does not."""
+BETWEEN = (
+    *(size for size in range(136, 256, 8) if size not in CAPTURED),
+    *(size for size in range(1152, 4096, 128) if size not in LONGER),
+)
+"""Captured sizes of which only base products are measured: they jump between sizes (from 136 rows on they are cuBLAS's), what adapters
+add does not."""
 
 
 @dataclass(frozen=True, slots=True)

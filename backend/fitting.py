@@ -16,14 +16,18 @@ from backend.regression import Measured
 
 
 def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
-    """Latency and bandwidth through the means of each rank, both >= 0: reads have a tail, and a run is as long as all of them together."""
-    from scipy.optimize import nnls
+    """Through the mean of each size, never falling (isotonic regression), beside latency and bandwidth >= 0 that fit them best.
+
+    Means, as reads have a tail, and a run is as long as all of them together.
+    """
+    from scipy.optimize import isotonic_regression, nnls
 
     means = loads[loads["kind"] == kind].groupby("nbytes")["elapsed_s"].mean()
-    size = means.index.to_numpy(dtype=float)
-    weight = 1.0 / means.to_numpy()
+    size, seconds = means.index.to_numpy(dtype=float), means.to_numpy()
+    weight = 1.0 / seconds
     (latency, per_byte), _ = nnls(np.stack([weight, size * weight], 1) * [1.0, 1e-9], np.ones(len(size)))
-    return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9))
+    points = zip(size.tolist(), isotonic_regression(seconds).x.tolist(), strict=True)
+    return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9), tuple(points))
 
 
 def composition(batch: StepBatch, slot_ranks: Mapping[int, int]) -> dict[str, list[int]]:

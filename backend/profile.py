@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +27,37 @@ FITTED = ("format", "name", "gpu_bytes", "accuracy", "stage", "load", "predictor
 
 @dataclass(frozen=True, slots=True)
 class LoadCurve:
-    """Seconds to move an adapter: `latency_s + bytes / bytes_per_s`."""
+    """Seconds to move an adapter: straight lines through the measured `points` (bytes, seconds); before the first and beyond the
+    last, and everywhere where there are none, as `latency_s + bytes / bytes_per_s` rises.
+
+    Raises `ValueError` unless the points' bytes rise and their seconds do not fall.
+    """
 
     latency_s: float
     bytes_per_s: float
+    points: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(b[0] <= a[0] or b[1] < a[1] for a, b in pairwise(self.points)):
+            raise ValueError("points of a load curve must have rising bytes, and seconds that do not fall")
 
     def seconds(self, nbytes: int) -> float:
+        """What a move of `nbytes` takes."""
+        if not self.points:
+            return self._trend_s(nbytes)
+        right = bisect_right(self.points, nbytes, key=itemgetter(0))
+        if right in (0, len(self.points)):
+            at, seconds = self.points[0 if right == 0 else -1]
+            return max(0.0, seconds + self._trend_s(nbytes) - self._trend_s(at))
+        (low, low_s), (high, high_s) = self.points[right - 1], self.points[right]
+        return low_s + (nbytes - low) / (high - low) * (high_s - low_s)
+
+    def _trend_s(self, nbytes: float) -> float:
         return self.latency_s + nbytes / self.bytes_per_s
+
+    def to_json(self) -> dict[str, object]:
+        """As `profile.json` has it."""
+        return {"latency_s": self.latency_s, "bytes_per_s": self.bytes_per_s, "points": [list(p) for p in self.points]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +84,8 @@ class Profile:
             "gpu_bytes": self.gpu_bytes,
             "accuracy": dict(self.accuracy),
             **self.meta,
-            "stage": {"latency_s": self.stage.latency_s, "bytes_per_s": self.stage.bytes_per_s},
-            "load": {"latency_s": self.load.latency_s, "bytes_per_s": self.load.bytes_per_s},
+            "stage": self.stage.to_json(),
+            "load": self.load.to_json(),
             "predictor": self.predictor.to_json(),
         }
         (folder / "profile.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -125,7 +152,8 @@ def load_profile(name_or_path: str) -> Profile:
 
 
 def _curve(values: Values) -> LoadCurve:
-    return LoadCurve(values.number("latency_s", least=0), values.number("bytes_per_s", above=0))
+    points = values.pairs("points") if "points" in values.data else ()  # profiles of before have none
+    return LoadCurve(values.number("latency_s", least=0), values.number("bytes_per_s", above=0), points)
 
 
 def _accuracy(values: Values) -> dict[str, float]:

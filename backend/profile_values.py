@@ -69,3 +69,16 @@ class Values:
         if not least <= len(value) <= (len(value) if most is None else most):
             raise ValueError(f"{self.where}{key} has {len(value)} numbers, must have {least} to {most}")
         return tuple(value)
+
+    def pairs(self, key: str) -> tuple[tuple[float, float], ...]:
+        """A list of pairs of finite numbers >= 0; the first ones rise, the second ones do not fall."""
+        value = self._get(key)
+        if not isinstance(value, list | tuple):
+            raise self._bad(key, value, "a list of pairs of numbers")
+        for i, item in enumerate(value):
+            pair = isinstance(item, list | tuple) and len(item) == 2 and all(_is_number(n) and n >= 0 for n in item)
+            if not pair:
+                raise self._bad(f"{key}[{i}]", item, "two finite numbers >= 0")
+            if i and not (item[0] > value[i - 1][0] and item[1] >= value[i - 1][1]):
+                raise self._bad(f"{key}[{i}]", item, f"above the pair before, {value[i - 1]}")
+        return tuple((item[0], item[1]) for item in value)

@@ -112,7 +112,7 @@ def test_a_table_of_steps_gives_its_features_back() -> None:
     assert with_features(table)["rows"].tolist() == [31]
 
 
-@pytest.mark.parametrize("name", ["h100-llama-3.1-8b", "h100-llama-3.2-1b"])
+@pytest.mark.parametrize("name", ["h100-llama-3.1-8b", "h100-llama-3.2-1b", "h200-llama-3.1-8b"])
 def test_the_shipped_profiles_are_what_their_steps_fit(name: str, tmp_path: Path) -> None:
     made = refit_profile(MEASURED.with_name(name), tmp_path / name)
     shipped = load_profile(name)
