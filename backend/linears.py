@@ -56,14 +56,11 @@ def linear_with_lora(
 ) -> None:
     """Base product of every row plus the LoRA product of the adapted ones (`segments`; None: no row has an adapter).
 
-    `kernels`: the CUDA kernels may be used. With few rows the base product adds LoRA's part, and if ranks are small shrinks as
-    well; else the shrink comes first: the base weights are already on their way while it runs.
+    `kernels`: the CUDA kernels may be used. With few rows the base product adds LoRA's part (`base_linear`).
     """
     if segments is None:
         base_product(x, weight, out, bias, kernels=kernels)
     elif kernels and base_linear.takes(x, weight, bias, (bank, linear, segments)):
-        if not segments.shared_out:
-            cuda_kernels.shrink(x, bank, linear, segments, late=False)
         base_linear.linear(x, weight, out, (bank, linear, segments))
     else:
         base_product(x, weight, out, bias, kernels=kernels)
@@ -89,8 +86,6 @@ def gated_with_lora(
     """
     lora = (bank, linear, segments) if segments is not None else None
     if kernels and base_linear.takes_gated(x, weight, lora):
-        if segments is not None and not segments.shared_out:
-            cuda_kernels.shrink(x, bank, linear, segments, late=False)
         base_linear.gated(x, weight, activated, lora)
         return
     if segments is None or not kernels or not cuda_kernels.takes_swiglu(linear, segments):

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from backend.sgmv.arguments import LinearArgs, TensorMap, WideArgs, columns, exchange_args, expand_args, shrink_args
+from backend.sgmv.cuda_kernels import shrink
 from backend.sgmv.nvrtc import Kernels, checked, kernels
 from backend.sgmv.segments import PIECE, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
@@ -145,7 +146,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora 
 
     `x` [T, in], `weight` [out, in] contiguous, `out` [T, out]. It begins to fetch `weight` while its predecessor in the
     stream still runs. With `lora` the bits are those of the base product rounded, and `cuda_kernels.shrink` and `expand` after
-    it; that shrink must have been launched unless `Segments.shared_out`, when a GPU runs one of these at a time: blocks wait for
+    it; a GPU must run one of these at a time if `Segments.shared_out`: blocks wait for
     each other. A row's bits do not depend on the other rows' values.
     """
     slices = lora[1].out_features if lora else (len(weight),)
@@ -178,6 +179,8 @@ def _launch(plan: Launch, args: ctypes.Structure, x: torch.Tensor, out: torch.Te
             args.shrink = shrink_args(x, bank, layout, segments, segments.cuts[0])
             args.shrink.h = segments.exchange.data_ptr()
             args.exchange = exchange_args(segments)
+        else:
+            shrink(x, bank, layout, segments, late=False)
         args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.cuts[0].tiling.tile_rows // 8
         groups = columns(layout.out_features, plan.columns)[2]
         pieces = -(-x.shape[1] // PIECE)

@@ -103,8 +103,6 @@ def test_swiglu_in_the_base_product_has_the_bits_of_both_apart(
                 slots = torch.tensor(rng.integers(-1, most, rows), dtype=torch.int32, device="cuda")
                 buffers.partials.fill_(float("nan"))
                 lora = bank, linear, buffers.of(slots, bank)
-                if not lora[2].shared_out:
-                    cuda_kernels.shrink(x, *lora, late=False)
             assert base_linear.takes_gated(x, weight, lora)
             base_linear.linear(x, weight, gate_up, lora)
             ops_triton.silu_mul(gate_up, apart)
