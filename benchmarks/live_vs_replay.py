@@ -61,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--duration-s", type=float, default=60.0, help="seconds of arrivals")
     flags.add_argument("--out", type=Path, help="write the comparison there")
     flags.add_argument("--again", type=Path, help="an earlier comparison, whose live figures are taken")
-    flags.add_argument("--keep", type=Path, help="keep the run directories in this folder")
+    flags.add_argument(
+        "--keep", type=Path, help="keep the run directories in this folder; with --again take live ones from it"
+    )
     return flags
 
 
@@ -131,6 +133,22 @@ def measured_when(profile: str) -> dict[str, object]:
     return {key: meta[key] for key in ("date", "gpu", "measuring_s") if key in meta}
 
 
+WINDOW_S = 10.0
+
+
+def host_by_time(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, float]]:
+    """Milliseconds of the host's part of decodes in windows of `WINDOW_S`: a shared machine's host is now faster, now slower,
+    of which a profile knows the mean while it was measured.
+    """
+    means = {}
+    for side, steps in (("live", live), ("replay", replay)):
+        decodes = steps[(steps["prefill_tokens"] == 0) & (steps["tokens"] > 0)]
+        of = decodes.groupby(decodes["start_s"] // WINDOW_S * WINDOW_S)["host_s"]
+        means[f"{side}_host_ms"] = of.mean() * 1e3
+    table = pd.DataFrame(means).dropna().rename_axis("start_s").reset_index()
+    return [{str(key): float(value) for key, value in row.items()} for row in table.to_dict("records")]
+
+
 def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
     out = folder / f"{Path(name).stem}-replay"
     return run_scenario(name, backend="profile", profile=args.profile, duration_s=args.duration_s, out=out)
@@ -173,7 +191,8 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         shown = show(name, live.summary, replay.summary, _longer(name, args))
         kinds = by_kind(live.tables.steps, replay.tables.steps)
         print(pd.DataFrame(kinds).round(3).to_string(index=False))
-        report[Path(name).stem] = {"live_wall_s": wall_s, **shown, "by_kind": kinds}
+        waves = host_by_time(live.tables.steps, replay.tables.steps)
+        report[Path(name).stem] = {"live_wall_s": wall_s, **shown, "by_kind": kinds, "host_by_time": waves}
     return report
 
 
@@ -187,8 +206,15 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
             live, replay = {key: rows[key]["live"] for key in KEYS}, _replay(name, args, folder)
             which = {kind: rest for kind, *rest in KINDS}
             kinds = [r | _means("replay", replay.tables.steps, which[r["kind"]]) for r in rows.get("by_kind", [])]
+            more: dict[str, object] = {"by_kind": kinds}
+            if args.keep:
+                steps = pd.read_parquet(args.keep / f"{name}-live" / "steps.parquet")
+                if len(steps) != live["steps"]:
+                    raise ScenarioError(f"--keep {args.keep}: {name}-live is not the run of --again {args.again}")
+                more = {"by_kind": by_kind(steps, replay.tables.steps)}
+                more["host_by_time"] = host_by_time(steps, replay.tables.steps)
             shown = show(name, live, replay.summary, _longer(name, args))
-            report[name] = {"live_wall_s": rows["live_wall_s"], **shown, "by_kind": kinds}
+            report[name] = {"live_wall_s": rows["live_wall_s"], **shown, **more}
     return report
 
 
@@ -197,8 +223,7 @@ def main() -> int:
     args = parser().parse_args()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = args.keep or Path(scratch)
-            report = _again(args, folder) if args.again else _executed(args, folder)
+            report = _again(args, Path(scratch)) if args.again else _executed(args, args.keep or Path(scratch))
     except (BackendError, ScenarioError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -87,6 +87,43 @@ def test_steps_of_a_kind_are_held_against_each_other() -> None:
     assert prompts["replay_device_ms"] == pytest.approx(0.5 * float(str(prompts["live_device_ms"])))
 
 
+def test_the_hosts_part_by_time() -> None:
+    live = pd.DataFrame(
+        {
+            "start_s": [0.0, 9.9, 10.0, 12.0, 13.0, 25.0],
+            "prefill_tokens": [0, 0, 0, 7, 0, 0],
+            "tokens": [1, 1, 1, 8, 0, 1],
+            "host_s": [0.001, 0.003, 0.004, 1.0, 1.0, 0.005],
+        }
+    )
+    first, second = live_vs_replay.host_by_time(live, live[:5].assign(host_s=0.002))
+    assert first == {"start_s": 0.0, "live_host_ms": pytest.approx(2.0), "replay_host_ms": pytest.approx(2.0)}
+    assert second == {"start_s": 10.0, "live_host_ms": pytest.approx(4.0), "replay_host_ms": pytest.approx(2.0)}
+
+
+def test_kept_runs_complete_an_earlier_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = run_scenario("demo-azure", duration_s=20.0, out=tmp_path / "demo-azure-live").summary
+    rows = {key: {"live": live[key]} for key in live_vs_replay.KEYS}
+    file, out = tmp_path / "earlier.json", tmp_path / "again.json"
+    argv = ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--again", str(file), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--keep", str(tmp_path)])
+    file.write_text(json.dumps({"duration_s": 20.0, "demo-azure": {"live_wall_s": 3.0, **rows}}))
+    assert live_vs_replay.main() == 0
+    found = json.loads(out.read_text())["demo-azure"]
+    assert found["steps"]["difference"] == 0.0
+    assert all(kind["live_device_ms"] == kind["replay_device_ms"] for kind in found["by_kind"])
+    assert [row["live_host_ms"] for row in found["host_by_time"]] == [
+        r["replay_host_ms"] for r in found["host_by_time"]
+    ]
+    assert [row["start_s"] for row in found["host_by_time"]] == [0.0, 10.0, 20.0]
+    rows["steps"]["live"] = 3
+    file.write_text(json.dumps({"duration_s": 20.0, "demo-azure": {"live_wall_s": 3.0, **rows}}))
+    assert live_vs_replay.main() == 2
+    assert f"--keep {tmp_path}: demo-azure-live is not the run of --again {file}" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_one_sentence_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
