@@ -94,7 +94,11 @@ def compare(ours: pd.DataFrame, peers: Path) -> None:
 
 
 def compare_layer(ours: pd.DataFrame, peers: Path) -> None:
-    """Print what LoRA adds to the base products in one graph, beside 0.75 times the best peer's."""
+    """Print what LoRA adds to the base products in one graph, beside 0.75 times the best peer's; where it is more, also what
+    reading the adapters takes, and what a launch behind the base product that only reads and writes y.
+    """
+    from benchmarks.sgmv_cells import Cell
+
     best = pd.read_csv(peers / "layer_with_base.csv").groupby(KEYS)["extra_us"].min().rename("best_peer_extra_us")
     both = ours.set_index(KEYS).join(best, how="inner").reset_index()
     both["bar_us"] = 0.75 * both["best_peer_extra_us"]
@@ -104,7 +108,9 @@ def compare_layer(ours: pd.DataFrame, peers: Path) -> None:
     print(pd.DataFrame({c: _sums(both, c) for c in columns}).round(2).to_string())
     print(f"rows above 0.75 x the best peer's: {len(over)} of {len(both)}")
     if len(over):
-        print(over[[*KEYS, "extra_us", "bar_us"]].round(2).to_string(index=False))
+        read = [Cell(*cell).read_us() for cell in over[KEYS].itertuples(index=False)]
+        shown = over.assign(read_us=read)[[*KEYS, "extra_us", "bar_us", "read_us", "pass_us"]]
+        print(shown.round(2).to_string(index=False))
 
 
 def show_ranks(ours: pd.DataFrame) -> None:

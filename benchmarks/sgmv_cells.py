@@ -59,11 +59,19 @@ class Cell:
             return mixed
         return [min(i * adapters // rows, adapters - 1) for i in range(rows)]
 
+    def weights(self) -> int:
+        """Elements of all A and B in use."""
+        width, outs = LINEARS[self.layer]
+        return self.adapters * self.rank * (len(outs) * width + sum(outs))
+
+    def read_us(self) -> float:
+        """Microseconds for reading each used A and B once."""
+        return 2 * self.weights() / BYTES_PER_S * 1e6
+
     def floor_us(self) -> float:
         """Microseconds for the bytes or the arithmetic, whichever takes longer: each used A and B once, x, y twice."""
         width, outs = LINEARS[self.layer]
-        weights = self.adapters * self.rank * (len(outs) * width + sum(outs))
-        nbytes = 2 * (weights + self.rows * (width + 2 * sum(outs)))
+        nbytes = 2 * (self.weights() + self.rows * (width + 2 * sum(outs)))
         flops = 2 * self.rows * self.rank * (len(outs) * width + sum(outs))
         return max(nbytes / BYTES_PER_S, flops / FLOPS_PER_S) * 1e6
 
