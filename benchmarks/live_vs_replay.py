@@ -140,13 +140,18 @@ def host_by_time(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, flo
     """Milliseconds of the host's part of decodes in windows of `WINDOW_S`: a shared machine's host is now faster, now slower,
     of which a profile knows the mean while it was measured.
     """
-    means = {}
-    for side, steps in (("live", live), ("replay", replay)):
-        decodes = steps[(steps["prefill_tokens"] == 0) & (steps["tokens"] > 0)]
-        of = decodes.groupby(decodes["start_s"] // WINDOW_S * WINDOW_S)["host_s"]
-        means[f"{side}_host_ms"] = of.mean() * 1e3
-    table = pd.DataFrame(means).dropna().rename_axis("start_s").reset_index()
-    return [{str(key): float(value) for key, value in row.items()} for row in table.to_dict("records")]
+    return _beside(_host_ms(live), _host_ms(replay))
+
+
+def _host_ms(steps: pd.DataFrame) -> dict[float, float]:
+    decodes = steps[(steps["prefill_tokens"] == 0) & (steps["tokens"] > 0)]
+    means = decodes.groupby(decodes["start_s"] // WINDOW_S * WINDOW_S)["host_s"].mean() * 1e3
+    return {float(start_s): float(mean) for start_s, mean in zip(means.index, means, strict=True)}
+
+
+def _beside(live: Mapping[float, float], replay: Mapping[float, float]) -> list[dict[str, float]]:
+    both = (start_s for start_s in live if start_s in replay)
+    return [{"start_s": s, "live_host_ms": live[s], "replay_host_ms": replay[s]} for s in both]
 
 
 def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
@@ -207,6 +212,8 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
             which = {kind: rest for kind, *rest in KINDS}
             kinds = [r | _means("replay", replay.tables.steps, which[r["kind"]]) for r in rows.get("by_kind", [])]
             more: dict[str, object] = {"by_kind": kinds}
+            if waves := {row["start_s"]: row["live_host_ms"] for row in rows.get("host_by_time", [])}:
+                more["host_by_time"] = _beside(waves, _host_ms(replay.tables.steps))
             if args.keep:
                 steps = pd.read_parquet(args.keep / f"{name}-live" / "steps.parquet")
                 if len(steps) != live["steps"]:

@@ -29,6 +29,7 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
             "live_wall_s": 3.0,
             **rows,
             "by_kind": [{"kind": "decodes, up to 8", "live_steps": 7, "replay_steps": 0}],
+            "host_by_time": [{"start_s": 10.0, "live_host_ms": 0.7, "replay_host_ms": 9.0}],
         },
     }
     file, out = tmp_path / "earlier.json", tmp_path / "again.json"
@@ -47,6 +48,8 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
         assert row["difference"] == pytest.approx(float(str(alone[key])) / 10 - 1)
     (kind,) = found["demo-azure"]["by_kind"]
     assert kind["live_steps"] == 7 and kind["replay_steps"] > 100
+    (window,) = found["demo-azure"]["host_by_time"]
+    assert window["live_host_ms"] == 0.7 and 0 < window["replay_host_ms"] < 1
 
 
 def test_how_far_a_replay_would_move_with_longer_steps(
