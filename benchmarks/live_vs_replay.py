@@ -134,6 +134,7 @@ def measured_when(profile: str) -> dict[str, object]:
 
 
 WINDOW_S = 10.0
+"""Of `host_by_time`."""
 
 
 def host_by_time(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, float]]:
@@ -194,10 +195,9 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
         replay = _replay(name, args, folder)
         shown = show(name, live.summary, replay.summary, _longer(name, args))
-        kinds = by_kind(live.tables.steps, replay.tables.steps)
-        print(pd.DataFrame(kinds).round(3).to_string(index=False))
-        waves = host_by_time(live.tables.steps, replay.tables.steps)
-        report[Path(name).stem] = {"live_wall_s": wall_s, **shown, "by_kind": kinds, "host_by_time": waves}
+        tables = _tables(live.tables.steps, replay.tables.steps)
+        print(pd.DataFrame(tables["by_kind"]).round(3).to_string(index=False))
+        report[Path(name).stem] = {"live_wall_s": wall_s, **shown, **tables}
     return report
 
 
@@ -209,20 +209,31 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     for name, rows in report.items():
         if isinstance(rows, dict) and "live_wall_s" in rows:
             live, replay = {key: rows[key]["live"] for key in KEYS}, _replay(name, args, folder)
-            which = {kind: rest for kind, *rest in KINDS}
-            kinds = [r | _means("replay", replay.tables.steps, which[r["kind"]]) for r in rows.get("by_kind", [])]
-            more: dict[str, object] = {"by_kind": kinds}
-            if waves := {row["start_s"]: row["live_host_ms"] for row in rows.get("host_by_time", [])}:
-                more["host_by_time"] = _beside(waves, _host_ms(replay.tables.steps))
             if args.keep:
                 steps = pd.read_parquet(args.keep / f"{name}-live" / "steps.parquet")
                 if len(steps) != live["steps"]:
                     raise ScenarioError(f"--keep {args.keep}: {name}-live is not the run of --again {args.again}")
-                more = {"by_kind": by_kind(steps, replay.tables.steps)}
-                more["host_by_time"] = host_by_time(steps, replay.tables.steps)
+                tables = _tables(steps, replay.tables.steps)
+            else:
+                tables = _tables_again(rows, replay.tables.steps)
             shown = show(name, live, replay.summary, _longer(name, args))
-            report[name] = {"live_wall_s": rows["live_wall_s"], **shown, **more}
+            report[name] = {"live_wall_s": rows["live_wall_s"], **shown, **tables}
     return report
+
+
+def _tables(live: pd.DataFrame, replay: pd.DataFrame) -> dict[str, Any]:
+    return {"by_kind": by_kind(live, replay), "host_by_time": host_by_time(live, replay)}
+
+
+def _tables_again(rows: Mapping[str, Any], replay: pd.DataFrame) -> dict[str, Any]:
+    """The live figures of an earlier comparison's tables, those that it has, beside a new replay."""
+    which = {kind: rest for kind, *rest in KINDS}
+    tables: dict[str, Any] = {
+        "by_kind": [row | _means("replay", replay, which[row["kind"]]) for row in rows.get("by_kind", [])]
+    }
+    if waves := {row["start_s"]: row["live_host_ms"] for row in rows.get("host_by_time", [])}:
+        tables["host_by_time"] = _beside(waves, _host_ms(replay))
+    return tables
 
 
 def main() -> int:
