@@ -85,6 +85,7 @@ class LiveBackend:
         width = -(-limits.max_model_len // limits.block_size)
         self._host_tables = torch.zeros((limits.max_num_seqs, width), dtype=torch.int32, pin_memory=self.on_cuda)
         self._tables = torch.zeros_like(self._host_tables, device=self.device)
+        self._host_extent = torch.zeros(2, dtype=torch.int32, pin_memory=self.on_cuda)
         self._held_tables: list[tuple[int, ...]] = [()] * limits.max_num_seqs
         size = 16 * room.max_num_batched_tokens + 4096
         self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
@@ -92,6 +93,8 @@ class LiveBackend:
         self._rooms: OrderedDict[tuple[object, ...], tuple[list[IntArray], DeviceInputs]] = OrderedDict()
         self._graphs: OrderedDict[Padding, torch.cuda.CUDAGraph] = OrderedDict()
         self._warm: set[tuple[bool, bool, bool]] = set()
+        if self.on_cuda:
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
     def capacity(self) -> Capacity:
         """The KV blocks and slots that are really allocated."""
@@ -135,13 +138,14 @@ class LiveBackend:
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)
         device_inputs = self._pack(inputs)
-        device_s = self._timed_forward(device_inputs, batch, padding)
+        device_s = self._timed_forward(device_inputs, padding)
         self.steps_executed += 1
         return StepTiming(device_s, max(0.0, time.perf_counter() - started - device_s))
 
     def hold_tables(self, batch: StepBatch) -> None:
-        """Write the batch's block tables, as the step before would have."""
+        """Write the batch's block tables, as the step before would have, and how much of them there is."""
         tables, held = self._host_tables.numpy(), self._held_tables
+        self._host_extent.numpy()[:] = len(batch.block_tables), max(map(len, batch.block_tables))
         for row, blocks in enumerate(batch.block_tables):
             before = held[row]
             if blocks == before:  # as nearly all are: a request that went on has the blocks it had
@@ -184,52 +188,54 @@ class LiveBackend:
         cells = [getattr(host, name).numpy() for name in StepInputs.__slots__]
         return cells, DeviceInputs.views(inputs, self._packed)
 
-    def _upload(self, cells: int, batch: StepBatch) -> None:
-        rows, width = len(batch.block_tables), max(map(len, batch.block_tables))
-        self.decoder.ops.upload(self._host_packed, self._packed, cells, self._host_tables, self._tables, rows, width)
+    def _forward(self, inputs: DeviceInputs) -> None:
+        """Bring the step that was laid out to the device, and compute it."""
+        self._upload(inputs)
+        self.decoder.forward(inputs, self._tables)
+
+    def _upload(self, inputs: DeviceInputs) -> None:
+        most_rows = min(len(inputs.positions), self.limits.max_num_seqs)
+        self.decoder.ops.upload(
+            self._host_packed, self._packed, inputs.cells, self._host_tables, self._tables, self._host_extent, most_rows
+        )
 
     def again(self, batch: StepBatch) -> StepInputs:
         """Compute a step that was executed once more, outside of all counts and times; returns its layout."""
         inputs = self.layout(batch)
-        device_inputs = self._pack(inputs)
-        self._upload(device_inputs.cells, batch)
-        self.decoder.forward(device_inputs, self._tables)
+        self._forward(self._pack(inputs))
         self._synchronize()
         return inputs
 
-    def _timed_forward(self, inputs: DeviceInputs, batch: StepBatch, padding: Padding | None) -> float:
-        cells = inputs.cells
+    def _timed_forward(self, inputs: DeviceInputs, padding: Padding | None) -> float:
         if not self.on_cuda:
             started = time.perf_counter()
-            self._upload(cells, batch)
-            self.decoder.forward(inputs, self._tables)
+            self._forward(inputs)
             return time.perf_counter() - started
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        self._upload(cells, batch)
+        self._begin.record()
         if padding is None:
-            self.decoder.forward(inputs, self._tables)
+            self._forward(inputs)
         else:
             self._graphs.move_to_end(padding)
             self._graphs[padding].replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e-3
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) * 1e-3
 
     def _prepare(self, batch: StepBatch, padding: Padding | None) -> None:
         """Compile kernels and capture the step's graph if this is their first use (not part of any step's time)."""
+        if padding in self._graphs:
+            return
         few = [query <= self._short_tile for query in batch.query_lens]
         kernels = (any(slot != NO_SLOT for slot in batch.slots), any(few), not all(few))
-        if (padding is None and kernels in self._warm) or padding in self._graphs:
+        if padding is None and kernels in self._warm:
             return
         inputs = self.layout(batch)
         self._held_tables = [()] * self.limits.max_num_seqs
         if padding is not None:
             inputs = inputs.padded(padding, self.num_gpu_blocks)
         device_inputs = self._pack(inputs)
-        self._upload(device_inputs.cells, batch)
         saved = self.decoder.last_token.clone()
-        self.decoder.forward(device_inputs, self._tables)
+        self._forward(device_inputs)
         self._synchronize()
         if padding is None:
             self._warm.add(kernels)
@@ -237,7 +243,7 @@ class LiveBackend:
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
             with torch.cuda.graph(graph, pool=pool):
-                self.decoder.forward(device_inputs, self._tables)
+                self._forward(device_inputs)
             graph.replay()  # its first launch also brings it to the GPU, which belongs to capturing
             self._graphs[padding] = graph
             if len(self._graphs) > MAX_GRAPHS:

@@ -11,10 +11,12 @@ def upload(
     cells: int,
     host_tables: torch.Tensor,
     tables: torch.Tensor,
-    rows: int,
-    width: int,
+    extent: torch.Tensor,
+    most_rows: int,
 ) -> None:
-    """Copy the first `cells` of `host` and `width` columns of the first `rows` rows of `host_tables`."""
+    """Copy the first `cells` of `host` and the corner of `host_tables` that is `extent` large, as in `ops_triton`."""
+    rows, width = extent.tolist()
+    assert rows <= most_rows
     device[:cells].copy_(host[:cells])
     tables[:rows, :width].copy_(host_tables[:rows, :width])
 

@@ -12,9 +12,9 @@ from backend.dependent_launch import enter, let_next_start, overlap, wait_for_pr
 __all__ = ["add_rms_norm", "attention", "rope_and_cache", "silu_mul", "upload"]
 
 
-@triton.jit(do_not_specialize=["cells", "width"])
+@triton.jit(do_not_specialize=["cells"])
 def _upload(
-    host_ptr, ptr, cells, host_tables_ptr, tables_ptr, stride, width,
+    host_ptr, ptr, cells, host_tables_ptr, tables_ptr, stride, extent_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, flat = tl.program_id(0), tl.cdiv(cells, BLOCK)
@@ -22,8 +22,8 @@ def _upload(
     if program < flat:
         at += program * BLOCK
         tl.store(ptr + at, tl.load(host_ptr + at, mask=at < cells), mask=at < cells)
-    else:
-        row = (program - flat).to(tl.int64) * stride
+    elif program - flat < tl.load(extent_ptr):
+        row, width = (program - flat).to(tl.int64) * stride, tl.load(extent_ptr + 1)
         for start in range(0, width, BLOCK):
             mine, cell = start + at < width, row + start + at
             value = tl.load(host_tables_ptr + cell, mask=mine)
@@ -40,15 +40,16 @@ def upload(
     cells: int,
     host_tables: torch.Tensor,
     tables: torch.Tensor,
-    rows: int,
-    width: int,
+    extent: torch.Tensor,
+    most_rows: int,
 ) -> None:
-    """Copy the first `cells` of `host` and `width` columns of the first `rows` rows of `host_tables`, int32 in pinned memory.
+    """Copy the first `cells` of `host` and a corner of `host_tables`: `extent` int32[2] says how many rows and columns.
 
-    A kernel reads them: the copy engine takes one copy after the other, and a step would wait for all of an adapter's.
+    All of the host's are int32 in pinned memory. A kernel reads them: the copy engine takes one copy after the other, and a step
+    would wait for all of an adapter's. What differs between steps of a graph, the extent, it reads as well; `most_rows` does not.
     """
-    grid = (triton.cdiv(cells, UPLOAD_BLOCK) + rows,)
-    _upload[grid](host, device, cells, host_tables, tables, tables.stride(0), width, BLOCK=UPLOAD_BLOCK, num_warps=4)
+    grid = (triton.cdiv(cells, UPLOAD_BLOCK) + most_rows,)
+    _upload[grid](host, device, cells, host_tables, tables, tables.stride(0), extent, BLOCK=UPLOAD_BLOCK, num_warps=4)
 
 
 @triton.jit

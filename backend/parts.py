@@ -151,7 +151,7 @@ class _Bench:
         backend, decoder = self.backend, self.decoder
         (batch,) = self.batches(setting, 1)
         inputs = backend._pack(backend.layout(batch))
-        backend._upload(inputs.cells, batch)
+        backend._upload(inputs)
         qkv = decoder.qkv[: setting.batch].normal_()
 
         def run() -> None:

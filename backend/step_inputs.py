@@ -122,19 +122,22 @@ def lay_out(
 
 def _lay_out_single(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
     """`lay_out_any` where every request computes one token, as nearly all steps are: fewer operations, less host time."""
-    count = len(batch.query_lens)
-    requests = np.arange(count, dtype=np.int32)
+    requests = np.arange(len(batch.query_lens), dtype=np.int32)
     context = np.array(batch.context_lens, dtype=np.int32)
-    block = tables[requests, context // block_size]
-    tiles = np.empty((count, 4), dtype=np.int32)
-    tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3] = requests, requests, context, 1
-    decodes = np.array(batch.decodes, dtype=bool) if batch.decodes else context > 0
-    newest = tables[requests, np.maximum(context - 1, 0) // block_size]
+    column = context // block_size
+    block = tables[requests, column]
+    tiles = np.empty((len(requests), 4), dtype=np.int32)
+    tiles[:, :2], tiles[:, 2], tiles[:, 3] = requests[:, None], context, 1
+    newest = tables[requests, (context - 1) // block_size]  # of a context of 0 anything, which is not used
+    if batch.decodes:
+        newest[~np.array(batch.decodes, dtype=bool)] = -1
+    else:
+        newest[context == 0] = -1
     samples = slice(None) if all(batch.samples) else np.array(batch.samples, dtype=bool)
     return StepInputs(
-        np.where(decodes, newest, np.int32(-1)),
+        newest,
         context,
-        block * block_size + context % block_size,
+        context + (block - column) * block_size,
         np.array(batch.slots, dtype=np.int32),
         tiles,
         np.empty((0, 4), dtype=np.int32),

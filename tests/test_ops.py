@@ -37,9 +37,10 @@ def test_rope_rotates_and_writes_the_cache(heads: int, kv_heads: int) -> None:
 
 def test_inputs_go_up_as_far_as_they_are_used() -> None:
     host, tables = torch.arange(1300, dtype=torch.int32), torch.arange(5 * 700, dtype=torch.int32).view(5, 700)
+    extent = torch.tensor([3, 600], dtype=torch.int32)
     for module in (ops, ops_torch):
         got, rows = torch.full_like(host, -1), torch.full_like(tables, -1)
-        module.upload(host, got, 1100, tables, rows, 3, 600)
+        module.upload(host, got, 1100, tables, rows, extent, 4)
         assert torch.equal(got[:1100], host[:1100])
         assert torch.equal(rows[:3, :600], tables[:3, :600])
         assert (got[1100:] == -1).all()

@@ -83,7 +83,7 @@ def test_the_device_sees_every_step_as_it_was_laid_out(batches: list[StepBatch])
         inputs = lay_out(batch, as_array(batch), SIZE, TILE)
         seen = backend._pack(inputs)
         backend.hold_tables(batch)
-        backend._upload(seen.cells, batch)
+        backend._upload(seen)
         for row, blocks in enumerate(batch.block_tables):
             assert tuple(backend._tables[row, : len(blocks)].tolist()) == blocks
         assert seen.adapted == inputs.adapted
