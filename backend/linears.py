@@ -81,8 +81,7 @@ def gated_with_lora(
 ) -> None:
     """`activated` [T, w] = silu(gate) * up of every row; `gate_up` [T, 2 w] is where the base product goes, if it goes anywhere.
 
-    With few rows the base product adds LoRA's part and applies SwiGLU; where the batch is long, adapted rows get their LoRA
-    product and SwiGLU in one launch. `ops`: whose `silu_mul`.
+    With few rows the base product adds LoRA's part and applies SwiGLU, with many the expand applies it. `ops`: whose `silu_mul`.
     """
     lora = (bank, linear, segments) if segments is not None else None
     if kernels and base_linear.takes_gated(x, weight, lora):
@@ -95,4 +94,3 @@ def gated_with_lora(
     base_product(x, weight, gate_up, None, kernels=kernels)
     cuda_kernels.shrink(x, bank, linear, segments)
     cuda_kernels.expand_swiglu(gate_up, activated, bank, linear, segments)
-    ops.silu_mul(gate_up, activated, segments.row_slots)

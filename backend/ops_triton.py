@@ -144,45 +144,16 @@ def rope_and_cache(
 
 
 @triton.jit
-def _silu_mul_row(x_ptr, out_ptr, row, width, BLOCK: tl.constexpr):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     gate = tl.load(x_ptr + row * 2 * width + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * width + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _silu_mul(x_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    enter(PDL)
-    _silu_mul_row(x_ptr, out_ptr, tl.program_id(0).to(tl.int64), width, BLOCK)
-
-
-@triton.jit
-def _silu_mul_of_base(
-    x_ptr, out_ptr, slots_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    enter(PDL)
-    first = tl.program_id(0) * ROWS
-    mine = first + tl.arange(0, ROWS)
-    if tl.min(tl.load(slots_ptr + mine, mask=mine < rows, other=0)) >= 0:
-        return
-    for i in range(tl.minimum(ROWS, rows - first)):
-        row = first + i
-        if tl.load(slots_ptr + row) < 0:
-            _silu_mul_row(x_ptr, out_ptr, row.to(tl.int64), width, BLOCK)
-
-
-ROWS_OF_BASE = 8
-"""Rows whose slots a program looks at: in most steps all have adapters, and starting programs is all that it takes."""
-
-
-def silu_mul(x: torch.Tensor, out: torch.Tensor, slots: torch.Tensor | None = None) -> None:
-    """SwiGLU: `out[T, w] = silu(x[:, :w]) * x[:, w:]`; with `slots` int32[T] only of rows whose slot is -1."""
+def silu_mul(x: torch.Tensor, out: torch.Tensor) -> None:
+    """SwiGLU: `out[T, w] = silu(x[:, :w]) * x[:, w:]`."""
     rows, width = out.shape
-    if slots is None:
-        _silu_mul[(rows, triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4, **overlap())
-    else:
-        _silu_mul_of_base[(triton.cdiv(rows, ROWS_OF_BASE), triton.cdiv(width, 2048))](
-            x, out, slots, rows, width, ROWS=ROWS_OF_BASE, BLOCK=2048, num_warps=8, **overlap()
-        )
+    _silu_mul[(rows, triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4, **overlap())

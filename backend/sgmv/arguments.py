@@ -37,7 +37,7 @@ ShrinkArgs = _struct(
 )
 ExpandArgs = _struct(
     "ExpandArgs",
-    "ptr h weights scaling header tiles rows y activated; long y_stride slot_stride activated_stride b_unit[3];"
+    "ptr h weights scaling header tiles rows y activated row_slots; long y_stride slot_stride activated_stride b_unit[3];"
     "int width[3] begin[3] groups[3] slices pieces h_rows h_rank long_run",
 )
 ExchangeArgs = _struct("ExchangeArgs", "ptr cells turn; long size")
@@ -96,7 +96,7 @@ def expand_args(
     return ExpandArgs(
         segments.partials.data_ptr(), bank.weights.data_ptr(), bank.scaling.data_ptr(), cut.header.data_ptr(),
         cut.tiles.data_ptr(), segments.rows.data_ptr(), out.data_ptr(),
-        None if activated is None else activated.data_ptr(), out.stride(0), bank.weights.stride(0),
+        None if activated is None else activated.data_ptr(), segments.row_slots.data_ptr(), out.stride(0), bank.weights.stride(0),
         0 if activated is None else activated.stride(0), (*linear.b_units, 0, 0)[:3], widths, begins, groups,
         linear.slices, pieces, len(segments.rows), padded_rank(bank.max_lora_rank), long_run,
     )  # fmt: skip

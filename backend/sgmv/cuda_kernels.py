@@ -40,8 +40,8 @@ FILL = 1.5
 PROLOGUE = 1.5
 """What a block of `expand_long` does before its first 128 columns, in the time of so many times 128 columns."""
 
-SWIGLU_FROM = 2048
-"""Rows from which applying SwiGLU in the expand saves more than a launch for rows without an adapter costs."""
+SWIGLU_FROM = 512
+"""Rows from which the expand of gate and up applies SwiGLU: where segments are cut into tiles of 64 rows."""
 
 RINGED_COLUMNS = 8192
 """Up to as many columns of few pieces, B of ranks above 16 goes by way of a ring in shared memory."""
@@ -124,7 +124,7 @@ def expand(
 
 
 def takes_swiglu(linear: FusedLinear, segments: Segments) -> bool:
-    """Whether `expand_swiglu` serves `linear` on this batch, and saves time: gate and up of one width, and many rows."""
+    """Whether `expand_swiglu` serves `linear` on this batch: gate and up of one width, and more than a few rows."""
     widths, pieces, rows = linear.out_features, -(-linear.in_features // PIECE), len(segments.rows)
     apart = rows < SWIGLU_FROM or segments.cuts[-1].tiling != LONG
     return not apart and len(widths) == 2 and len(set(widths)) == 1 and pieces <= SETTLED_PIECES
@@ -133,10 +133,10 @@ def takes_swiglu(linear: FusedLinear, segments: Segments) -> bool:
 def expand_swiglu(
     gate_up: torch.Tensor, activated: torch.Tensor, bank: SlotBank, linear: FusedLinear, segments: Segments
 ) -> None:
-    """`activated[t] = silu(gate) * up` of every adapted row, with `scaling * B h` added to both; follows `shrink`.
+    """`activated[t] = silu(gate) * up`, with `scaling * B h` of adapted rows added to both; follows `shrink`.
 
-    `gate_up` [T, 2 w] is read and not written, `activated` [T, w]; rows without an adapter are left alone. Saves writing
-    and reading `gate_up` once more. The bits are those of `expand` and then `ops_triton.silu_mul`.
+    `gate_up` [T, 2 w] is read and not written, `activated` [T, w]. Saves writing and reading `gate_up` once more. The bits
+    are those of `expand` and then `ops_triton.silu_mul`.
     """
     run, name = kernels(gate_up.dtype), "expand_long_swiglu"
     rows, rank, one = len(segments.rows), padded_rank(bank.max_lora_rank), linear.out_features[:1]

@@ -137,7 +137,7 @@ def test_swiglu_in_the_expand_has_the_bits_of_both_apart(shape: dict[str, tuple[
 
     bank, rng = random_bank(shape, RANKS, dtype), np.random.default_rng(3)
     linear = bank.layout.layers[0]["gate_up"]
-    for rows, adapters in ((2048, 1), (2300, len(RANKS)), (4000, 3)):
+    for rows, adapters in ((512, 1), (600, len(RANKS)), (2048, 1), (2300, len(RANKS)), (4000, 3)):
         x = torch.randn(rows, linear.in_features, device="cuda", dtype=dtype)
         base = torch.randn(rows, sum(linear.out_features), device="cuda", dtype=dtype)
         slots = torch.tensor(np.sort(rng.integers(-1, adapters, rows)), dtype=torch.int32, device="cuda")
@@ -149,6 +149,5 @@ def test_swiglu_in_the_expand_has_the_bits_of_both_apart(shape: dict[str, tuple[
         ops_triton.silu_mul(whole, apart)
         cuda_kernels.shrink(x, bank, linear, segments)
         cuda_kernels.expand_swiglu(base, activated, bank, linear, segments)
-        assert activated[slots < 0].isnan().all()
-        ops_triton.silu_mul(base, activated, segments.row_slots)
+        assert torch.isfinite(activated).all()
         assert torch.equal(activated, apart)

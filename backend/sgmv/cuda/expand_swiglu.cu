@@ -16,8 +16,50 @@ static __device__ __forceinline__ uint4 swiglu(const uint4& gate, const uint4& u
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// As expand_long for two slices of equal width, gate and up, taken together: `activated` = silu(gate) * up of each
-// adapted row. gate and up themselves stay in registers, where y would be written and read again.
+// Of the rows without an adapter, which no tile has: a block takes every gridDim.x-th.
+static __device__ __forceinline__ void swiglu_of_base(const Expand& p) {
+    const int lane = threadIdx.x & 31, width = p.width[0];
+    for (int start = blockIdx.x; start < p.h_rows; start += 32 * gridDim.x) {
+        const int mine = start + lane * gridDim.x, slot = mine < p.h_rows ? p.row_slots[mine] : 0;
+        for (int i = 0; i < 32; i++) {
+            if (__shfl_sync(~0u, slot, i) >= 0) continue;
+            const long long row = start + i * gridDim.x;
+            const u16* gate = p.y + row * p.y_stride;
+#pragma unroll 4
+            for (int at = threadIdx.x * 8; at < width; at += 128 * 8)
+                *(uint4*)(p.activated + row * p.activated_stride + at) = swiglu(load_row(gate + at), load_row(gate + p.begin[1] + at));
+        }
+    }
+}
+
+struct Activated {  // this lane's tokens, as in Target
+    u16* row[2][2];
+
+    __device__ __forceinline__ void aim(const Expand& p, const int4& tile, int mine, int q) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int token = mine + (n >> 1) * 8 + 2 * q + (n & 1);
+            row[n >> 1][n & 1] = p.activated + p.rows[tile.y + min(token, tile.z - 1)] * p.activated_stride;
+        }
+    }
+};
+
+// What one slice adds: gate is kept, up writes.
+static __device__ __forceinline__ void add_slice(int slice, const Target<2>& target, const Activated& to, uint4 (&gate)[2][2][2],
+                                                 const float (&c)[8][2][4], float scale, int at, int end) {
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
+        const uint4 sum = target.sum(c, scale, j, i, half);
+        if (slice == 0)
+            gate[j][i][half] = sum;
+        else if (target.live[j][i] && at + half * 64 < end)
+            *(uint4*)(to.row[j][i] + at + half * 64) = swiglu(gate[j][i][half], sum);
+    }
+}
+
+// As expand_long for two slices of equal width, gate and up, taken together: `activated` = silu(gate) * up of all rows. gate
+// and up themselves stay in registers, where y would be written and read again.
 static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
     extern __shared__ __align__(16) u16 memory[];  // B: [2][h_rank][B_ROW], then fragments of gate and of up
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
@@ -38,11 +80,8 @@ static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
         fetch(first, 0);
         Target<2> target;
         target.aim(p, tile, 0, mine, q);
-        u16* activated[2][2];
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-            activated[n >> 1][n & 1] =
-                p.activated + p.rows[tile.y + min(mine + (n >> 1) * 8 + 2 * q + (n & 1), tile.z - 1)] * p.activated_stride;
+        Activated to;
+        to.aim(p, tile, mine, q);
         const float scale = p.scaling[tile.x];
         target.load(first + g * 8, end);
         if (!waited) {
@@ -71,22 +110,13 @@ static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
                     read_b(v, memory + (slice * p.h_rank + block * 16) * B_ROW, g, q);
                     multiply<2>(c, v, h + slice * each + block * 2 * 32, lane);
                 }
-                const int at = column + g * 8;
-#pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
-                    const uint4 sum = target.sum(c, scale, j, i, half);
-                    if (slice == 0) {
-                        gate[j][i][half] = sum;
-                    } else if (target.live[j][i] && at + half * 64 < end) {
-                        *(uint4*)(activated[j][i] + at + half * 64) = swiglu(gate[j][i][half], sum);
-                    }
-                }
+                add_slice(slice, target, to, gate, c, scale, column + g * 8, end);
                 target = next;
             }
         __syncthreads();
     }
     if (!waited) wait_for_previous();
+    swiglu_of_base(p);
 }
 
 KERNEL(expand_long_swiglu, 128, 2, Expand, run_expand_long_swiglu)
