@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -36,6 +37,12 @@ class Room:
         return tuple(s for slots in self.slots_of_rank.values() for s in slots)
 
 
+@cache
+def _numbers(count: int) -> tuple[int, ...]:
+    """Block ids, the same objects in all steps, as a request's are in an engine: equal tables of others take longer to compare."""
+    return tuple(range(count))
+
+
 def compose(query: Sequence[int], context: Sequence[int], slots: Sequence[int], room: Room) -> StepBatch | None:
     """A live step with its own KV blocks for every request; None if it does not fit the room."""
     size = room.limits.block_size
@@ -43,9 +50,9 @@ def compose(query: Sequence[int], context: Sequence[int], slots: Sequence[int], 
     too_many = len(query) > room.limits.max_num_seqs or sum(query) > room.limits.max_num_batched_tokens
     if too_many or sum(need) > room.num_gpu_blocks or max(need) * size > room.limits.max_model_len:
         return None
-    tables, start = [], 0
+    tables, start, numbers = [], 0, _numbers(room.num_gpu_blocks)
     for blocks in need:
-        tables.append(tuple(range(start, start + blocks)))
+        tables.append(numbers[start : start + blocks])
         start += blocks
     return StepBatch(tuple(query), tuple(context), tuple(slots), (True,) * len(query), tuple(tables))
 

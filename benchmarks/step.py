@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,20 @@ class Bench:
         room = Room(self.limits, self.backend.num_gpu_blocks, {RANK: tuple(range(self.limits.max_loras))})
         return compose(query, context, slots, room)
 
-    def times(self, batches: list[Any], skipped: int) -> pd.DataFrame:
-        """Milliseconds of each step but the first `skipped`: elapsed, device, host."""
+    def times(self, steps: Sequence[Sequence[Any]], skipped: int) -> list[pd.DataFrame]:
+        """Milliseconds of each sequence of steps but its first `skipped`: elapsed, device, host.
+
+        The sequences, alike but for their adapters, take turns, step by step: as a GPU grows warm its clock falls, which
+        must not be in what adapters add.
+        """
         from backend.compositions import again
 
-        taken = [self.backend.execute(again(batch)) for batch in batches][skipped:]
-        rows = [(t.elapsed_s * 1e3, t.device_s * 1e3, t.host_s * 1e3) for t in taken]
-        return pd.DataFrame(rows, columns=["elapsed", "device", "host"])
+        taken = [[self.backend.execute(again(step)) for step in turn] for turn in zip(*steps, strict=True)][skipped:]
+        columns = ["elapsed", "device", "host"]
+        return [
+            pd.DataFrame([(t.elapsed_s * 1e3, t.device_s * 1e3, t.host_s * 1e3) for t in each], columns=columns)
+            for each in zip(*taken, strict=True)
+        ]
 
 
 def _copy_bytes_per_s() -> float:
@@ -107,18 +114,19 @@ def _seconds(run: Any, repeats: int = 20) -> float:
 
 
 def decode(bench: Bench) -> pd.DataFrame:
-    """33 consecutive decode steps from a context of 490 tokens (as the vLLM grid), the first two dropped; and longer."""
+    """33 consecutive decode steps from a context of 490 tokens (as the vLLM grid), the first two dropped; and longer contexts."""
     rows, g = [], bench.geometry
     table = 0 if g.tie_word_embeddings else g.vocab_size * g.hidden_size * g.dtype_bytes  # of which a step reads B rows
     weights = g.weights_bytes - table
     contexts = [(490, ADAPTERS), (2048, (0, 8)), (8192, (0, 8))]
     for context, choices in contexts:
         for size in SIZES:
-            for adapters in choices:
-                steps = [bench.batch([1] * size, [context + i] * size, adapters) for i in range(33)]
-                if adapters > size or steps[-1] is None:
-                    continue
-                t = bench.times(steps, 2)
+            steps = {
+                d: [bench.batch([1] * size, [context + i] * size, d) for i in range(33)] for d in choices if d <= size
+            }
+            if any(each[-1] is None for each in steps.values()):
+                continue
+            for adapters, t in zip(steps, bench.times(list(steps.values()), 2), strict=True):
                 moved = weights + adapters * g.lora_bytes(RANK)
                 moved += size * (context + 16) * g.kv_bytes_per_token
                 rows.append(
@@ -143,11 +151,9 @@ def prefill(bench: Bench) -> pd.DataFrame:
     g, rows = bench.geometry, []
     linear = 2 * g.num_layers * sum(a * b for a, b in g.linears().values())
     for tokens, prompts in PROMPTS:
-        for adapters in (0, 1, 4):
-            if adapters > prompts:
-                continue
-            step = bench.batch([tokens // prompts] * prompts, [0] * prompts, adapters)
-            t = bench.times([step] * 8, 2)
+        counts = [d for d in (0, 1, 4) if d <= prompts]
+        steps = [[bench.batch([tokens // prompts] * prompts, [0] * prompts, d)] * 8 for d in counts]
+        for adapters, t in zip(counts, bench.times(steps, 2), strict=True):
             each = tokens // prompts
             pairs = prompts * each * (each + 1) // 2
             flops = linear * tokens + 4 * g.num_layers * g.num_heads * g.head_dim * pairs
@@ -176,7 +182,7 @@ def first(bench: Bench) -> pd.DataFrame:
     rows = []
     for tokens in FRESH:
         step = bench.batch([tokens], [0], 1)
-        t = bench.times([step] * 6, 0)
+        (t,) = bench.times([[step] * 6], 0)
         once, later = t.iloc[0], t.iloc[1:].median()
         row = {"tokens": tokens, "first_ms": once["elapsed"], "again_ms": later["elapsed"]}
         rows.append(row | {"first_device_ms": once["device"], "again_device_ms": later["device"]})

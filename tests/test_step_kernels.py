@@ -60,10 +60,10 @@ def test_prompts_of_new_lengths_are_told_from_repeated_ones() -> None:
             assert (context, adapters) == ([0], 1)
             return query[0]
 
-        def times(self, batches: list[int], skipped: int) -> pd.DataFrame:
-            assert skipped == 0
-            elapsed = [float(batches[0]), 1.0, 2.0, 3.0, 4.0, 9.0]
-            return pd.DataFrame({"elapsed": elapsed, "device": [0.5 * ms for ms in elapsed], "host": 0.0})
+        def times(self, steps: list[list[int]], skipped: int) -> list[pd.DataFrame]:
+            assert skipped == 0 and len(steps) == 1
+            elapsed = [float(steps[0][0]), 1.0, 2.0, 3.0, 4.0, 9.0]
+            return [pd.DataFrame({"elapsed": elapsed, "device": [0.5 * ms for ms in elapsed], "host": 0.0})]
 
     table = first(Faked())  # type: ignore[arg-type]
     assert table["first_ms"].tolist() == table["tokens"].tolist() == list(FRESH)
