@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backend.base import AdapterShape, EngineLimits, StepBatch
-from backend.compositions import Room, decode_grid, prefill_grid, random_steps
+from backend.base import NO_SLOT, AdapterShape, EngineLimits, StepBatch
+from backend.compositions import Room, compose, decode_grid, prefill_grid, random_steps
 from backend.contention import facts as contention_facts
 from backend.contention import measure_contention
 from backend.errors import BackendError
@@ -35,8 +35,8 @@ RANKS = (8, 16, 32, 64)
 ROUNDS = 3
 """How often prompts are executed; decodes come `rounds.DECODE_TURNS` times as often."""
 
-READS = 4
-"""Turns in which adapters are read from disk while loads are measured."""
+READS, STEPS_BETWEEN = 4, 5
+"""Turns in which adapters are read and copied while loads are measured, and steps between two of them."""
 
 
 def measuring_limits(device: str) -> EngineLimits:
@@ -99,30 +99,32 @@ def fill_slots(backend: LiveBackend, limits: EngineLimits) -> Room:
     return Room(limits, backend.num_gpu_blocks, slots)
 
 
-def measure_loads(backend: LiveBackend, repeats: int) -> pd.DataFrame:
+def measure_loads(backend: LiveBackend, room: Room, repeats: int) -> pd.DataFrame:
     """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`.
 
-    Ranks are mixed and every adapter has host memory of its own, as in an engine: a copy that is repeated on the spot finds its bytes in
-    the processor's caches. So each read goes into memory that an adapter left, whose turn was long ago; only the first turn's is new. The
-    first adapter of each rank is not timed; reading, which the machine's processors make uneven, is timed `READS` times as often.
+    As an engine has them: an adapter is read, then copied, and between adapters there are steps. Reads on end take longer, and
+    a copy after other copies less. Ranks are mixed, every adapter has host memory of its own, and all but the first turn's reads go
+    into memory that an adapter left, whose turn was long ago: a copy that is repeated on the spot finds its bytes in the
+    processor's caches. The first turn of the first adapter of each rank is not timed.
     """
     rng = np.random.default_rng(20261124)
     shapes = [AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES) for rank in RANKS for i in range(repeats + 1)]
     firsts = {shape.adapter_id for shape in shapes[:: repeats + 1]}
+    count = min(8, room.limits.max_num_seqs)
+    step = compose([1] * count, [256] * count, [NO_SLOT] * count, room)
+    assert step is not None, "a few short decodes fit where profiles are measured"
     rows: list[tuple[str, int, int, float]] = []
     for turn in range(READS):
         for chosen in rng.permutation(len(shapes)):
             shape = shapes[int(chosen)]
             if turn:
                 backend.drop(shape.adapter_id)
-            timing = backend.stage(shape)
-            if turn or shape.adapter_id not in firsts:
-                rows.append(("stage", shape.rank, timing.nbytes, timing.elapsed_s))
-    for chosen in rng.permutation(len(shapes)):
-        shape = shapes[int(chosen)]
-        timing = backend.load(shape, RANKS.index(shape.rank))
-        if shape.adapter_id not in firsts:
-            rows.append(("load", shape.rank, timing.nbytes, timing.elapsed_s))
+            for _ in range(STEPS_BETWEEN):
+                backend.execute(step)
+            slot = RANKS.index(shape.rank)
+            for kind, timing in (("stage", backend.stage(shape)), ("load", backend.load(shape, slot))):
+                if turn or shape.adapter_id not in firsts:
+                    rows.append((kind, shape.rank, timing.nbytes, timing.elapsed_s))
     for shape in shapes:
         backend.drop(shape.adapter_id)
     return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
@@ -164,7 +166,7 @@ def measure_profile(
         kinds, batches = zip(*compositions(room, small=quick or device == "cpu"), strict=True)
         with watching(enabled=device == "cuda") as watch:
             timings = measure_rounds(backend, batches, ROUNDS, rounds=rounds, between=between or (lambda: None))
-        loads = measure_loads(backend, 3 if quick else 5)
+        loads = measure_loads(backend, room, 3 if quick else 5)
         contention = measure_contention(backend, room, ALL_MODULES) if device == "cuda" else None
     finally:
         backend.close()
