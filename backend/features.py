@@ -14,9 +14,10 @@ PREFILL_TILE = 64
 DECODES_AT_ONCE = 33
 """Decodes whose attention an H100 is taken to work on at a time: two programs on each of 132 processors, a program a KV head of 8."""
 
-FILLING_DECODES = 25
-"""Decodes whose attention takes the memory's whole bandwidth, where their keys are not split: the number that fits best to the steps
-that profiles are fitted to."""
+FEW_DECODES, FILLING_DECODES = 32, 22
+"""Up to so many decodes that are not split, and as many as they are padded to at most, have programs that take more keys at a time
+(`attention_triton.plan`); and the decodes whose attention then takes the memory's whole bandwidth: the number that fits best to the steps that
+profiles are fitted to."""
 
 SPLIT_DECODES = 16
 """Up to so many decodes, the keys of each are split over several programs."""
@@ -101,7 +102,7 @@ class StepFeatures:
 def at_once(decodes: int) -> int:
     """Decodes that are worked on at a time; split ones fill the processors with half as many as they are padded to."""
     if decodes > SPLIT_DECODES:
-        return DECODES_AT_ONCE
+        return FILLING_DECODES if decodes <= FEW_DECODES else DECODES_AT_ONCE
     return max(1, (1 << (decodes - 1).bit_length()) // 2) if decodes else 0
 
 

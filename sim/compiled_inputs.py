@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 
 from backend.base import TILE_ROWS, AdapterShape, Backend
-from backend.features import DECODES_AT_ONCE, FILLING_DECODES, PREFILL_TILE, SPLIT_DECODES, TILES_AT_ONCE
+from backend.features import DECODES_AT_ONCE, FEW_DECODES, FILLING_DECODES, PREFILL_TILE, SPLIT_DECODES, TILES_AT_ONCE
 from backend.predictor import BESIDE_ROWS, BOUNDED, GRID_ROWS, LONG_ROWS, WIDE_ROWS, Predictor
 from sim.config import EngineConfig
 from workloads.adapters import Catalogue
@@ -78,6 +78,7 @@ def _costs(predictor: Predictor, factor: float) -> Any:
         TILE_ROWS,
         PREFILL_TILE,
         DECODES_AT_ONCE,
+        FEW_DECODES,
         FILLING_DECODES,
         SPLIT_DECODES,
         TILES_AT_ONCE,

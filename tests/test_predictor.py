@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from backend.base import StepBatch
 from backend.errors import BackendError
-from backend.features import DECODES_AT_ONCE, FILLING_DECODES, PREFILL_TILE, TILES_AT_ONCE, StepFeatures
+from backend.features import DECODES_AT_ONCE, FEW_DECODES, FILLING_DECODES, PREFILL_TILE, TILES_AT_ONCE, StepFeatures
 from backend.fitting import accuracy, composition, features_of, with_features
 from backend.measure import refit_profile
 from backend.profile import load_profile, measured_steps
@@ -44,6 +44,8 @@ def test_the_tail_counts_the_longest_that_run_at_a_time() -> None:
     assert step([1] * 8, [99] * 3 + [49] * 5).kv_tail == 50
     many = step([1] * 200, [999] + [499] * 199)
     assert many.kv_tail == (DECODES_AT_ONCE - 1) * 500
+    for count in (FILLING_DECODES, FEW_DECODES):  # whose programs are so quick that fewer fill the memory's bandwidth
+        assert step([1] * count, [999] + [499] * (count - 1)).kv_tail == (FILLING_DECODES - 1) * 500
 
 
 @given(st.integers(2, 3000), st.integers(0, 3000))

@@ -10,7 +10,7 @@ namespace replay {
 
 // Constants of backend/features.py and backend/base.py, handed over by Python.
 struct FeatureSizes {
-    Int tile_rows, prefill_tile, decodes_at_once, filling_decodes, split_decodes, tiles_at_once, grid_rows, wide_rows;
+    Int tile_rows, prefill_tile, decodes_at_once, few_decodes, filling_decodes, split_decodes, tiles_at_once, grid_rows, wide_rows;
     Int beside_from, beside_to, long_from, long_to;
 };
 
@@ -22,7 +22,7 @@ struct Features {
 
 // Decodes that are worked on at a time.
 inline Int at_once(Int decodes, const FeatureSizes& sizes) {
-    if (decodes > sizes.split_decodes) return sizes.decodes_at_once;
+    if (decodes > sizes.split_decodes) return decodes <= sizes.few_decodes ? sizes.filling_decodes : sizes.decodes_at_once;
     if (decodes == 0) return 0;
     Int padded = 1;
     while (padded < decodes) padded *= 2;

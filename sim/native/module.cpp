@@ -103,11 +103,11 @@ PYBIND11_MODULE(_native, m) {
         }));
 
     py::class_<StepCosts, std::shared_ptr<StepCosts>>(m, "StepCosts")
-        .def(py::init([](std::vector<Int> graph_sizes, std::array<Int, 12> sizes, double factor) {
+        .def(py::init([](std::vector<Int> graph_sizes, std::array<Int, 13> sizes, double factor) {
             StepCosts costs;
             costs.graph_sizes = std::move(graph_sizes);
-            costs.sizes = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],  sizes[5],
-                           sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11]};
+            costs.sizes = {sizes[0], sizes[1], sizes[2], sizes[3],  sizes[4],  sizes[5], sizes[6],
+                           sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]};
             costs.factor = factor;
             return costs;
         }))
