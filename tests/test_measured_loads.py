@@ -1,4 +1,4 @@
-"""Loads are measured as a run has them, and steps that are compared take turns."""
+"""Loads are measured as a run has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from backend.base import AdapterShape, EngineLimits, LoadTiming, StepBatch, Step
 from backend.compositions import Room
 from backend.live import LiveBackend
 from backend.measure import RANKS, READS, STEPS_BETWEEN, measure_loads
-from benchmarks.step import Bench
 
 
 class Recorded:
@@ -52,13 +51,3 @@ def test_an_adapter_is_read_then_copied_and_steps_run_before() -> None:
     assert Counter(zip(table["kind"], table["rank"], strict=True)) == {
         (kind, rank): each for kind in ("stage", "load") for rank in RANKS
     }
-
-
-def test_steps_that_differ_in_their_adapters_take_turns() -> None:
-    backend = Recorded()
-    bench = cast("Any", Bench.__new__(Bench))
-    bench.backend = backend
-    steps = [[StepBatch((1,), (10 * i + turn,), (-1,), (True,), ((0,),)) for turn in range(4)] for i in range(3)]
-    tables = bench.times(steps, 1)
-    assert [context for _, context in backend.asked] == [10 * i + turn for turn in range(4) for i in range(3)]
-    assert [table["device"].round(6).tolist() for table in tables] == [[4.0 + i, 7.0 + i, 10.0 + i] for i in range(3)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from backend.base import StepBatch, StepTiming
 from backend.geometry import load_geometry
-from benchmarks.step import FRESH, LIMITS, PROMPTS, RANK, first, main
+from benchmarks.step import FRESH, LIMITS, PROMPTS, RANK, Bench, first, main
 from benchmarks.step_kernels import charged, part_of, show_kernels
 from benchmarks.step_tables import compare_profile
 
@@ -69,6 +70,24 @@ def test_prompts_of_new_lengths_are_told_from_repeated_ones() -> None:
     assert table["first_ms"].tolist() == table["tokens"].tolist() == list(FRESH)
     assert set(table["again_ms"]) == {3.0} and set(table["again_device_ms"]) == {1.5}
     assert not set(FRESH) & {tokens for tokens, _ in PROMPTS}
+
+
+def test_steps_that_differ_in_their_adapters_take_turns() -> None:
+    asked: list[int] = []
+
+    class Counted:
+        """Its n-th step takes n milliseconds."""
+
+        def execute(self, batch: StepBatch) -> StepTiming:
+            asked.append(batch.context_lens[0])
+            return StepTiming(1e-3 * len(asked), 0.0)
+
+    bench = Bench.__new__(Bench)
+    bench.backend = Counted()  # type: ignore[assignment]
+    steps = [[StepBatch((1,), (10 * i + turn,), (-1,), (True,), ((0,),)) for turn in range(4)] for i in range(3)]
+    tables = bench.times(steps, 1)
+    assert asked == [10 * i + turn for turn in range(4) for i in range(3)]
+    assert [table["device"].round(6).tolist() for table in tables] == [[4.0 + i, 7.0 + i, 10.0 + i] for i in range(3)]
 
 
 def test_a_table_is_not_written_where_its_facts_go(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ struct Expand {
     const int* rows;
     u16* y;
     u16* activated;        // where gate and up go together (expand_long_swiglu)
-    const int* row_slots;  // of all `h_rows` rows, and only there
+    const int* row_slots;  // of all `h_rows` rows, for those that no tile has
     long long y_stride, slot_stride, activated_stride;
     long long b_unit[3];
     int width[3], begin[3], groups[3];  // per slice: columns, first column of y, column groups
