@@ -141,9 +141,16 @@ class Decoder:
         self.prompt = torch.randint(g.vocab_size, (limits.max_model_len,), generator=self.generator, device=self.device)
 
     def _linear(
-        self, layer: int, name: str, x: torch.Tensor, out: torch.Tensor, segments: Segments | None
+        self,
+        layer: int,
+        name: str,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        segments: Segments | None,
+        *,
+        shrunk: bool = False,
     ) -> torch.Tensor:
-        """Base product plus the LoRA product of every adapted row."""
+        """Base product plus the LoRA product of every adapted row; `shrunk`: see `linear_with_lora`."""
         out = out[: len(x)]
         bias = self.qkv_bias[layer] if name == "qkv" and self.qkv_bias else None
         weight, linear = self.layers[layer][name], self.bank.layout.layers[layer][name]
@@ -152,7 +159,7 @@ class Decoder:
             if segments is not None:
                 sgmv(x, out, self.bank, linear, segments)
         else:
-            linear_with_lora(x, weight, out, bias, self.bank, linear, segments, kernels=self.kernels)
+            linear_with_lora(x, weight, out, bias, self.bank, linear, segments, kernels=self.kernels, shrunk=shrunk)
         return out
 
     @property
@@ -160,14 +167,17 @@ class Decoder:
         """Whether the CUDA kernels run here."""
         return self.segments.engine == "cuda"
 
-    def _gated(self, layer: int, x: torch.Tensor, segments: Segments | None) -> torch.Tensor:
-        gate_up, activated = self.gate_up[: len(x)], self.activated[: len(x)]
-        linear, weight = self.bank.layout.layers[layer]["gate_up"], self.layers[layer]["gate_up"]
+    def _feed_forward(self, layer: int, x: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+        gate_up, activated, shrunk = self.gate_up[: len(x)], self.activated[: len(x)], False
+        layers, weight = self.bank.layout.layers[layer], self.layers[layer]["gate_up"]
         if self.deterministic:
             self.ops.silu_mul(self._linear(layer, "gate_up", x, self.gate_up, segments), activated)
         else:
-            gated_with_lora(x, weight, gate_up, activated, self.bank, linear, segments, self.ops, kernels=self.kernels)
-        return activated
+            shrunk = gated_with_lora(
+                x, weight, gate_up, activated, self.bank, layers["gate_up"], segments, self.ops, kernels=self.kernels,
+                after=layers["down"],
+            )  # fmt: skip
+        return self._linear(layer, "down", activated, self.attended, segments, shrunk=shrunk)
 
     def _attend(self, layer: int, qkv: torch.Tensor, inputs: DeviceInputs, tables: torch.Tensor) -> torch.Tensor:
         k, v, heads = self.k_cache[layer], self.v_cache[layer], self.geometry.num_heads
@@ -202,7 +212,7 @@ class Decoder:
             qkv = self._linear(layer, "qkv", normed, self.qkv, segments)
             x = self._linear(layer, "o", self._attend(layer, qkv, inputs, tables), self.attended, segments)
             norm(x, residual, self.norms[2 * layer + 1], normed, eps)
-            x = self._linear(layer, "down", self._gated(layer, normed, segments), self.attended, segments)
+            x = self._feed_forward(layer, normed, segments)
         norm(x, residual, self.norms[-1], normed, eps)
         samples = len(inputs.sample_rows)
         if samples:

@@ -53,12 +53,17 @@ def linear_with_lora(
     segments: Segments | None,
     *,
     kernels: bool,
+    shrunk: bool = False,
 ) -> None:
     """Base product of every row plus the LoRA product of the adapted ones (`segments`; None: no row has an adapter).
 
-    `kernels`: the CUDA kernels may be used. With few rows the base product adds LoRA's part (`base_linear`).
+    `kernels`: the CUDA kernels may be used. With few rows the base product adds LoRA's part (`base_linear`). `shrunk`: `gated_with_lora`
+    has shrunk `x`.
     """
-    if segments is None:
+    if shrunk and segments is not None:
+        base_product(x, weight, out, bias, kernels=kernels)
+        cuda_kernels.expand(out, bank, linear, segments, ahead=True)
+    elif segments is None:
         base_product(x, weight, out, bias, kernels=kernels)
     elif kernels and base_linear.takes(x, weight, bias, (bank, linear, segments)):
         base_linear.linear(x, weight, out, (bank, linear, segments))
@@ -78,19 +83,23 @@ def gated_with_lora(
     ops: ModuleType,
     *,
     kernels: bool,
-) -> None:
+    after: FusedLinear | None = None,
+) -> bool:
     """`activated` [T, w] = silu(gate) * up of every row; `gate_up` [T, 2 w] is where the base product goes, if it goes anywhere.
 
     With few rows the base product adds LoRA's part and applies SwiGLU, with many the expand applies it. `ops`: whose `silu_mul`.
+    `after`: the linear that takes `activated`; returns whether its shrink is done as well.
     """
     lora = (bank, linear, segments) if segments is not None else None
     if kernels and base_linear.takes_gated(x, weight, lora):
         base_linear.gated(x, weight, activated, lora)
-        return
+        return False
     if segments is None or not kernels or not cuda_kernels.takes_swiglu(linear, segments):
         linear_with_lora(x, weight, gate_up, None, bank, linear, segments, kernels=kernels)
         ops.silu_mul(gate_up, activated)
-        return
+        return False
     base_product(x, weight, gate_up, None, kernels=kernels)
     cuda_kernels.shrink(x, bank, linear, segments)
-    cuda_kernels.expand_swiglu(gate_up, activated, bank, linear, segments)
+    ahead = after is not None and cuda_kernels.shrinks_ahead(linear, segments, x.dtype)
+    cuda_kernels.expand_swiglu(gate_up, activated, bank, linear, segments, after if ahead else None)
+    return ahead

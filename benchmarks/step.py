@@ -36,6 +36,9 @@ FRESH = tuple(range(301, 3000, 97))
 """Prompt tokens of the part `first`: no other part has steps of so many rows."""
 PROMPTS = ((128, 1), (256, 1), (512, 1), (512, 4), (1024, 1), (2048, 1), (2048, 4), (4096, 1), (8192, 1), (8192, 4))
 
+TURNS = 26
+"""Steps of each batch of prompts, the first two dropped: single ones differ by as much as an adapter adds."""
+
 
 class Bench:
     """A live engine as the vLLM runs had it (32 slots of rank 16), all slots loaded; facts measured beside it."""
@@ -152,7 +155,7 @@ def prefill(bench: Bench) -> pd.DataFrame:
     linear = 2 * g.num_layers * sum(a * b for a, b in g.linears().values())
     for tokens, prompts in PROMPTS:
         counts = [d for d in (0, 1, 4) if d <= prompts]
-        steps = [[bench.batch([tokens // prompts] * prompts, [0] * prompts, d)] * 8 for d in counts]
+        steps = [[bench.batch([tokens // prompts] * prompts, [0] * prompts, d)] * TURNS for d in counts]
         for adapters, t in zip(counts, bench.times(steps, 2), strict=True):
             each = tokens // prompts
             pairs = prompts * each * (each + 1) // 2

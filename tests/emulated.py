@@ -95,6 +95,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, compiled: ctypes.CDLL, processor
     """Have all launches run in `compiled`, on so many multiprocessors with the shared memory of an H100's."""
     names = [f"linear_{kind}{rows}" for kind in ("", "gated_") for rows in (8, 16, 32)]
     names += [f"linear_wide_{rows}_{groups}" for rows in (64, 128) for groups in (1, 2)]
+    names += ["shrink_long_2", "shrink_long_4", "expand_long", "expand_long_swiglu"]
     run = Emulated(compiled, processors, dict.fromkeys(names, 220 * 1024))
     for module in (nvrtc, cuda_kernels, base_linear):
         monkeypatch.setattr(module, "kernels", lambda _: run)

@@ -225,6 +225,30 @@ def test_swiglu_with_the_product_is_that_of_the_product(most: int, either: SlotB
     assert off(together, activated(after)) < 3e-3
 
 
+@pytest.mark.parametrize("width", [384, 2184, 5248])
+def test_a_shrink_on_the_way_has_the_bits_of_one_after(width: int, dtype: torch.dtype, gpu: emulated.Emulated) -> None:
+    """The next linear's, by the expand that applies SwiGLU; widths of one piece, some, and so many that they are settled."""
+    torch.manual_seed(width)
+    shapes = SHAPES | {"gate_proj": (256, width), "up_proj": (256, width), "down_proj": (width, 136)}
+    bank, rows = random_bank(shapes, SMALL_RANKS, dtype, "cpu"), 150
+    gate_up, down = (bank.layout.layers[0][name] for name in ("gate_up", "down"))
+    x, slots = torch.randn(rows, 256).to(dtype), mixed(rows)
+    base, after = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, 136).to(dtype)
+    outs = []
+    for on_the_way in (False, True):
+        segments, out = segments_of(slots, bank, gpu, (LONG,)), after.clone()
+        segments.ahead.fill_(float("nan"))
+        together = torch.full((rows, width), float("nan"), dtype=dtype)
+        cuda_kernels.shrink(x, bank, gate_up, segments, LONG)
+        cuda_kernels.expand_swiglu(base, together, bank, gate_up, segments, down if on_the_way else None)
+        if not on_the_way:
+            cuda_kernels.shrink(together, bank, down, segments, LONG)
+        cuda_kernels.expand(out, bank, down, segments, LONG, ahead=on_the_way)
+        gpu.synchronize()
+        outs.append(torch.cat([together, out], 1))
+    assert torch.equal(*outs) and torch.isfinite(outs[0]).all()
+
+
 @pytest.mark.parametrize("rows", [5, 40])
 def test_launches_that_begin_early_wait_for_what_they_read(rows: int, either: SlotBank, gpu: emulated.Emulated) -> None:
     """Of o and qkv each computes what the next reads, over memory full of NaN: as a GPU runs them, and one after the other."""

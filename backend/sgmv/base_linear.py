@@ -184,7 +184,7 @@ def _launch(plan: Launch, args: ctypes.Structure, x: torch.Tensor, out: torch.Te
         args.row_slots, args.eights = segments.row_slots.data_ptr(), segments.cuts[0].tiling.tile_rows // 8
         groups = columns(layout.out_features, plan.columns)[2]
         pieces = -(-x.shape[1] // PIECE)
-        args.lora = expand_args(out, bank, layout, segments, segments.cuts[0], groups=groups, pieces=pieces, long_run=1)
+        args.lora = expand_args(out, bank, layout, segments, segments.cuts[0], groups=groups, pieces=pieces)
     kernels(x.dtype).launch(
         plan.name, plan.grid, plan.threads, (args,), plan.shared_bytes, early=early, cluster=plan.cluster
     )

@@ -22,6 +22,7 @@ SOURCES = (
     "shrink.cu",
     "expand_parts.cu",
     "expand.cu",
+    "expand_long.cu",
     "expand_swiglu.cu",
     "segment_map.cu",
     "shrink_share.cu",

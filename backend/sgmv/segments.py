@@ -41,7 +41,7 @@ class Segments:
 
     `row_slots` int32[T], the input; `rows` int32[T]: original row of each sorted position (only the adapted ones
     count); `cuts`: the tiles, in one size or two; `partials` float32: partial rank vectors on their way from shrink to
-    expand; `exchange` float32 bits [2, cells] and `turn`: the same between the blocks of a base product, see
+    expand, `ahead` those of the next linear (`cuda_kernels.expand_swiglu`); `exchange` float32 bits [2, cells] and `turn`: the same between the blocks of a base product, see
     `cuda/shrink_share.cu`. Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
     """
 
@@ -49,6 +49,7 @@ class Segments:
     rows: torch.Tensor
     cuts: tuple[Cut, ...]
     partials: torch.Tensor
+    ahead: torch.Tensor
     exchange: torch.Tensor
     turn: torch.Tensor
     engine: str  # "cuda", "triton" or "torch"
@@ -68,9 +69,10 @@ class Segments:
         room = tuple(Cut(TRITON, ints(4), ints(max_rows, 4)) for _ in range(MOST_CUTS))
         partials = torch.empty(cells, dtype=torch.float32, device=device)
         shared = engine == "cuda" and bank.max_lora_rank <= SHARED_RANK
+        ahead = torch.empty(cells if shared else 0, dtype=torch.float32, device=device)
         cells = min(max_rows, SHARED_ROWS[-1]) * partial_cells(bank) if shared else 0
         exchange = ints(2, cells).fill_(-1)  # EMPTY in `cuda/shrink_share.cu`
-        return cls(ints(max_rows).fill_(-1), ints(max_rows), room, partials, exchange, ints(1), engine)
+        return cls(ints(max_rows).fill_(-1), ints(max_rows), room, partials, ahead, exchange, ints(1), engine)
 
     @property
     def shared_out(self) -> bool:
@@ -87,7 +89,9 @@ class Segments:
         if tilings is None:
             tilings = cuts(count, bank.max_lora_rank) if self.engine == "cuda" else (TRITON,)
         made = tuple(Cut(t, room.header, room.tiles[:count]) for t, room in zip(tilings, self.cuts, strict=False))
-        view = Segments(row_slots, self.rows[:count], made, self.partials, self.exchange, self.turn, self.engine)
+        view = Segments(
+            row_slots, self.rows[:count], made, self.partials, self.ahead, self.exchange, self.turn, self.engine
+        )
         if self.engine == "cuda":
             _build_on_cuda(view, bank)
         elif self.engine == "triton":

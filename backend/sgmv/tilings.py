@@ -30,7 +30,7 @@ LONG_FROM, LONG_RANK = 512, 128
 WIDE = 8192
 """Columns of y from which B is so large that reading it for every 8 rows takes longer than for every 16."""
 
-SHORT_SHRINK, SHORT_EXPAND = 3e8, 3.2e6
+SHORT_SHRINK, SHORT_EXPAND = 1.6e8, 3.2e6
 """Up to so many multiplications of a shrink (rows times rows of A times columns), and elements of y, short tiles are faster."""
 
 TRITON = Tiling(16, "", "")
@@ -47,8 +47,7 @@ def cuts(rows: int, max_lora_rank: int) -> tuple[Tiling, ...]:
 
 def for_shrink(rows: int, max_lora_rank: int, slices: int, in_features: int) -> Tiling:
     """One of `cuts`. Short tiles read all of A for every 16 rows; long ones have fewer blocks."""
-    height = slices * max_lora_rank
-    short = rows >= LONG_FROM and (height <= 16 or rows * height * in_features <= SHORT_SHRINK)
+    short = rows >= LONG_FROM and rows * slices * max_lora_rank * in_features <= SHORT_SHRINK
     return cuts(rows, max_lora_rank)[0 if short else -1]
 
 

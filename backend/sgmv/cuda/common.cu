@@ -97,6 +97,22 @@ static __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
 }
 
+static __device__ __forceinline__ void wait_for_copies_but(int left) {  // at most 6
+    switch (left) {
+        case 0: return wait_for_copies<0>();
+        case 1: return wait_for_copies<1>();
+        case 2: return wait_for_copies<2>();
+        case 3: return wait_for_copies<3>();
+        case 4: return wait_for_copies<4>();
+        case 5: return wait_for_copies<5>();
+        default: return wait_for_copies<6>();
+    }
+}
+
+// Where 16 bytes of a row of 128 elements lie in shared memory, `chunk` counted from the row's first: so that eight lanes meet no bank
+// twice, whether they read four chunks of two rows one after the other or two of every second of eight rows.
+static __device__ __forceinline__ int staged(int row, int chunk) { return row * 128 + (chunk ^ (row & 1) << 2 ^ (row >> 1 & 3) << 1) * 8; }
+
 // One run: 16 rows of A against 8 * NT rows of x; 4 steps of 32 k, two mma each, from zero.
 template <int NT>
 static __device__ __forceinline__ void one_run(float (&acc)[NT][4], const uint4 (&a0)[4], const uint4 (&a1)[4],

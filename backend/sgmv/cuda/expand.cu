@@ -96,58 +96,6 @@ static __device__ __forceinline__ void expand_short(const Expand& p) {
     }
 }
 
-// Long segments: a block is one (tile of 64 rows, `long_run` times 128 columns); its 4 warps take 16 rows each and share B.
-static __device__ __forceinline__ void run_expand_long(const Expand& p) {
-    extern __shared__ __align__(16) u16 memory[];  // B: [2][h_rank][B_ROW], then fragments
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
-    uint4* h = (uint4*)(memory + 2 * p.h_rank * B_ROW) + warp * (p.h_rank / 16) * 2 * 32;
-    const int tiles = p.header[0];
-    let_next_start();
-    bool waited = false;
-    ExpandItem now;
-    now.flat = now.number = 0;
-    for (now.move(p, tiles, blockIdx.x, p.groups); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
-        const int4 tile = now.tile;
-        const int width = p.width[now.slice], columns = p.long_run * 128;
-        const int first = now.group * columns, end = min(width, first + columns);
-        const u16* b = now.b(p);
-        auto fetch = [&](int column, int stage) {
-            copy_b(memory + stage * p.h_rank * B_ROW, b, tile.w, width, column, end);
-        };
-        fetch(first, 0);
-        Target<2> target;
-        target.aim(p, tile, now.slice, mine, q);
-        const float scale = p.scaling[tile.x];
-        target.load(first + g * 8, end);
-        if (!waited) {
-            wait_for_previous();
-            waited = true;
-        }
-        gather_h<2>(p, (u32*)h, tile, now.slice, mine, 16, lane, 32);
-        __syncwarp();
-        int stage = 0;
-        for (int column = first; column < end; column += 128, stage ^= 1) {
-            Target<2> next = target;
-            next.load(column + 128 + g * 8, end);
-            wait_for_copies<0>();
-            __syncthreads();
-            fetch(column + 128, stage ^ 1);
-            float c[8][2][4];
-            clear<2>(c);
-            for (int block = 0; block * 16 < tile.w; block++) {
-                uint4 v[8];
-                read_b(v, memory + (stage * p.h_rank + block * 16) * B_ROW, g, q);
-                multiply<2>(c, v, h + block * 2 * 32, lane);
-            }
-            target.store(c, scale, column + g * 8, end);
-            target = next;
-        }
-        __syncthreads();
-    }
-    if (!waited) wait_for_previous();
-}
-
 KERNEL(expand_short_1, 128, 4, Expand, expand_short<1 COMMA false>)
 KERNEL(expand_short_1_ringed, 128, 3, Expand, expand_short<1 COMMA true>)
 KERNEL(expand_short_2, 128, 3, Expand, expand_short<2 COMMA false>)
-KERNEL(expand_long, 128, 2, Expand, run_expand_long)

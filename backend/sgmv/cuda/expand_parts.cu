@@ -11,7 +11,10 @@ struct Expand {
     long long y_stride, slot_stride, activated_stride;
     long long b_unit[3];
     int width[3], begin[3], groups[3];  // per slice: columns, first column of y, column groups
-    int slices, pieces, h_rows, h_rank, long_run;
+    int slices, pieces, h_rows, h_rank;
+    int long_run, stages;  // of long segments
+    float* ahead;          // with `activated`: where its shrink by the next linear goes, of ranks of at most 16; or null
+    long long ahead_unit;  // a_unit of that linear
 };
 
 // What a block of an expand works on: a tile and a group of columns of one slice. Items count groups first.
@@ -105,13 +108,13 @@ static __device__ __forceinline__ void gather_cells(const Expand& p, u32* h, con
     }
 }
 
-template <int NT>
+template <int NT, int PIECES = 4>
 static __device__ __forceinline__ void gather_h(const Expand& p, u32* h, const int4& tile, int slice, int mine, int tokens,
                                                 int thread, int threads) {
     if (min(tokens, tile.z - mine) * ((tile.w + 15) / 16 * 8) <= threads)
         gather_cells<NT, 1, 16>(p, h, tile, slice, mine, tokens, thread, threads);
     else
-        gather_cells<NT, 4, 4>(p, h, tile, slice, mine, tokens, thread, threads);
+        gather_cells<NT, 4, PIECES>(p, h, tile, slice, mine, tokens, thread, threads);
 }
 
 template <int NT>
@@ -163,17 +166,7 @@ static __device__ __forceinline__ void clear(float (&c)[8][NT][4]) {
     for (int n = 0; n < 8 * NT * 4; n++) c[n / (NT * 4)][n / 4 % NT][n & 3] = 0.f;
 }
 
-#define B_ROW (128 + 8)  // columns of B in shared memory; as A_ROW
-
-// 128 columns of B from `column` on, for a block of 128 threads: [whole blocks of 16 ranks][B_ROW], zeros outside; none past `end`.
-static __device__ __forceinline__ void copy_b(u16* to, const u16* b, int rank, int width, int column, int end) {
-    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 rows that a pass copies
-    if (column < end)
-        for (int r = line; r < (rank + 15) / 16 * 16; r += 8)
-            copy_async(to + r * B_ROW + chunk * 8, b + (long long)r * width + column + chunk * 8,
-                       r < rank && column + chunk * 8 < width);
-    commit_copies();
-}
+#define B_ROW (128 + 8)  // columns of B in shared memory, so that eight lanes' 16-byte reads meet no bank twice
 
 // Rank rows 2q, 2q+1, 2q+8, 2q+9 of a block and columns 8g.., 64 + 8g.. of 128: what a lane's mma fragments hold.
 static __device__ __forceinline__ void read_b(uint4 (&b)[8], const u16* block, int g, int q) {

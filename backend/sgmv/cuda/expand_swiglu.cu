@@ -1,18 +1,45 @@
-// The operations of `_silu_mul` in ops_triton.py, one by one, so that a row has the same bits by either way.
-static __device__ __forceinline__ float swiglu(float gate, float up) {
-    float e, sigmoid;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(-gate * 1.4426950408889634f));
-    asm("div.full.f32 %0, %1, %2;" : "=f"(sigmoid) : "f"(1.f), "f"(1.f + e));
-    return gate * sigmoid * up;
+static __device__ __forceinline__ float exp2_of(float x) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
+    return e;
 }
 
+static __device__ __forceinline__ float inverse(float x) {  // of up to 2^126 the quotient, in one instruction
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+static __device__ __forceinline__ float quotient(float x) {
+    float r;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(r) : "f"(1.f), "f"(x));
+    return r;
+}
+
+static __device__ __forceinline__ float inverse_sigmoid(float gate) { return 1.f + exp2_of(-gate * 1.4426950408889634f); }
+
+// The operations of `_silu_mul` in ops_triton.py, one by one, so that a row has the same bits by either way. (That 2^x is taken
+// for 0 where it is no normal number changes no 1 + 2^x.)
+static __device__ __forceinline__ float swiglu(float gate, float up) { return gate * quotient(inverse_sigmoid(gate)) * up; }
+
 static __device__ __forceinline__ uint4 swiglu(const uint4& gate, const uint4& up) {
+    float a[8], d[8], most = 0.f;
+#pragma unroll
+    for (int m = 0; m < 8; m++) {
+        a[m] = widen(word(gate, m >> 1), m & 1), d[m] = inverse_sigmoid(a[m]);
+        most = fmaxf(most, d[m]);
+    }
+    if (most <= 0x1p126f) {
+#pragma unroll
+        for (int m = 0; m < 8; m++) d[m] = inverse(d[m]);
+    } else {
+#pragma unroll
+        for (int m = 0; m < 8; m++) d[m] = quotient(d[m]);
+    }
     u32 out[4];
 #pragma unroll
-    for (int m = 0; m < 4; m++) {
-        const u32 a = word(gate, m), b = word(up, m);
-        out[m] = pack(swiglu(widen(a, 0), widen(b, 0)), swiglu(widen(a, 1), widen(b, 1)));
-    }
+    for (int m = 0; m < 4; m++)
+        out[m] = pack(a[2 * m] * d[2 * m] * widen(word(up, m), 0), a[2 * m + 1] * d[2 * m + 1] * widen(word(up, m), 1));
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
@@ -44,78 +71,99 @@ struct Activated {  // this lane's tokens, as in Target
     }
 };
 
-// What one slice adds: gate is kept, up writes.
+// What one slice adds: gate is kept, up writes; the latter also where y was in the stage, zeros past `end`.
 static __device__ __forceinline__ void add_slice(int slice, const Target<2>& target, const Activated& to, uint4 (&gate)[2][2][2],
-                                                 const float (&c)[8][2][4], float scale, int at, int end) {
+                                                 const float (&c)[8][2][4], float scale, int at, int end, u16* stage, int row, int chunk) {
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
-        const uint4 sum = target.sum(c, scale, j, i, half);
-        if (slice == 0)
+        const bool inside = at + half * 64 < end;
+        uint4 sum = target.sum(c, scale, j, i, half);
+        if (slice == 0) {
             gate[j][i][half] = sum;
-        else if (target.live[j][i] && at + half * 64 < end)
-            *(uint4*)(to.row[j][i] + at + half * 64) = swiglu(gate[j][i][half], sum);
+            continue;
+        }
+        sum = inside ? swiglu(gate[j][i][half], sum) : make_uint4(0, 0, 0, 0);
+        if (target.live[j][i] && inside) *(uint4*)(to.row[j][i] + at + half * 64) = sum;
+        *(uint4*)(stage + staged(row + j * 8 + i, chunk + half * 8)) = sum;
+    }
+}
+
+// Adds a run of `activated`, which a warp has left in its 16 rows of the stage, times the 16 rows of the next linear's A there.
+static __device__ __forceinline__ void shrink_stage(float (&sum)[2][4], const u16* stage, int mine, int g, int q) {
+    uint4 a0[4], a1[4], x[2][4];
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        const u16* a = stage + (LONG_ROWS + 16) * 128 + staged(g, 4 * s + q);
+        a0[s] = *(const uint4*)a, a1[s] = *(const uint4*)(a + 8 * 128);
+#pragma unroll
+        for (int j = 0; j < 2; j++) x[j][s] = *(const uint4*)(stage + (mine + j * 8) * 128 + staged(g, 4 * s + q));
+    }
+    float acc[2][4];
+    one_run<2>(acc, a0, a1, x);
+#pragma unroll
+    for (int n = 0; n < 8; n++) sum[n >> 2][n & 3] += acc[n >> 2][n & 3];
+}
+
+// Writes the sums of a piece and begins the next.
+static __device__ __forceinline__ void end_piece(float (&sum)[2][4], const Expand& p, const int4& tile, int piece, int mine, int g, int q) {
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const int token = mine + (n >> 2) * 8 + 2 * q + (n & 1), r = g + (n >> 1 & 1) * 8;
+        if (token < tile.z && r < tile.w) p.ahead[((long long)piece * p.h_rows + tile.y + token) * p.h_rank + r] = sum[n >> 2][n & 3];
+        sum[n >> 2][n & 3] = 0.f;
     }
 }
 
 // As expand_long for two slices of equal width, gate and up, taken together: `activated` = silu(gate) * up of all rows. gate
-// and up themselves stay in registers, where y would be written and read again.
+// and up themselves stay in registers, where y would be written and read again. With `ahead`, whole pieces are walked and shrunk.
 static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
-    extern __shared__ __align__(16) u16 memory[];  // B: [2][h_rank][B_ROW], then fragments of gate and of up
+    extern __shared__ __align__(16) u16 memory[];  // as in expand_long, fragments of gate and of up
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
-    const int each = (p.h_rank / 16) * 2 * 32;
-    uint4* h = (uint4*)(memory + 2 * p.h_rank * B_ROW) + warp * 2 * each;
-    const int tiles = p.header[0], width = p.width[0], shift = p.begin[1] - p.begin[0];
+    const int rows = stage_rows(p), each = (p.h_rank / 16) * 2 * 32, tiles = p.header[0];
+    uint4* h = (uint4*)(memory + p.stages * rows * 128) + warp * 2 * each;
     let_next_start();
-    bool waited = false;
     ExpandItem now;
     now.flat = now.number = 0;
-    for (now.move(p, tiles, blockIdx.x, p.groups); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
+    now.move(p, tiles, blockIdx.x, p.groups);
+    LongCopies<true> copies;
+    copies.begin(p, memory, now);
+    for (int i = 0; i < p.stages - 1; i++) copies.fetch(p, tiles);
+    wait_for_previous();
+    int used = 0;
+    for (; now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
         const int4 tile = now.tile;
-        const int columns = p.long_run * 128, first = now.group * columns, end = min(width, first + columns);
-        auto fetch = [&](int column, int slice) {
-            const u16* b = p.weights + tile.x * p.slot_stride + tile.w * p.b_unit[slice];
-            copy_b(memory + slice * p.h_rank * B_ROW, b, tile.w, width, column, end);
-        };
-        fetch(first, 0);
+        const int first = now.group * p.long_run * 128, end = min(p.width[0], first + p.long_run * 128);
         Target<2> target;
         target.aim(p, tile, 0, mine, q);
         Activated to;
         to.aim(p, tile, mine, q);
         const float scale = p.scaling[tile.x];
-        target.load(first + g * 8, end);
-        if (!waited) {
-            wait_for_previous();
-            waited = true;
-        }
+        __syncwarp();
         gather_h<2>(p, (u32*)h, tile, 0, mine, 16, lane, 32);
         gather_h<2>(p, (u32*)(h + each), tile, 1, mine, 16, lane, 32);
         __syncwarp();
         uint4 gate[2][2][2];
+        float sum[2][4];
+#pragma unroll
+        for (int n = 0; n < 8; n++) sum[n >> 2][n & 3] = 0.f;
         for (int column = first; column < end; column += 128)
 #pragma unroll
             for (int slice = 0; slice < 2; slice++) {
-                Target<2> next = target;
-                if (slice)
-                    next.load(column + 128 + g * 8, end);
-                else
-                    next.load(column + shift + g * 8, end + shift);
-                wait_for_copies<0>();
+                wait_for_copies_but(p.stages - 2);
                 __syncthreads();
-                fetch(slice ? column + 128 : column, slice ^ 1);
+                copies.fetch(p, tiles);
+                u16* stage = memory + used * rows * 128;
+                used = used + 1 == p.stages ? 0 : used + 1;
                 float c[8][2][4];
-                clear<2>(c);
-                for (int block = 0; block * 16 < tile.w; block++) {
-                    uint4 v[8];
-                    read_b(v, memory + (slice * p.h_rank + block * 16) * B_ROW, g, q);
-                    multiply<2>(c, v, h + slice * each + block * 2 * 32, lane);
-                }
-                add_slice(slice, target, to, gate, c, scale, column + g * 8, end);
-                target = next;
+                multiply_stage(c, target, stage, h + slice * each, tile.w, mine, lane);
+                add_slice(slice, target, to, gate, c, scale, column + g * 8, end, stage, mine + 2 * q, g);
+                if (slice == 0 || !p.ahead) continue;
+                __syncwarp();
+                shrink_stage(sum, stage, mine, g, q);
+                if ((column + 128) % PIECE == 0 || column + 128 >= end) end_piece(sum, p, tile, column / PIECE, mine, g, q);
             }
-        __syncthreads();
     }
-    if (!waited) wait_for_previous();
     swiglu_of_base(p);
 }
 

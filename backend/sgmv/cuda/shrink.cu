@@ -8,6 +8,7 @@ struct Shrink {
     long long x_stride, slot_stride, a_unit;
     int in_features, slices, h_rows, h_rank;
     int late;  // the successor reads what the predecessor writes: it may start when that has ended
+    int stages, stage_rows;  // of long segments
 };
 
 static __device__ __forceinline__ float* h_cell(const Shrink& p, int piece, int position, int row, int rank) {
@@ -113,112 +114,107 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
     }
 }
 
-#define LONG_ROWS 64  // room in a stage, whatever BLOCKS
-#define A_ROW (RUN + 32)  // so that eight lanes' 16-byte reads meet no bank twice
-#define A_STAGES 3
+#define LONG_ROWS 64  // of a tile
 
-// Long segments: a block is one (tile of 64 rows, piece, 16 * BLOCKS rows of A); each of its 4 warps walks the piece's
-// runs for its own 16 rows. A is shared through shared memory, x goes straight to registers; both are fetched ahead,
-// across items.
+// Long segments: a block is one (tile of 64 rows, piece, 16 * BLOCKS rows of A); each of its 8 warps walks the piece's
+// runs for 16 of the rows and every second 16 rows of A. A stage of shared memory is a run of x and of A; `stages` of them are filled ahead, across items.
 template <int BLOCKS>
 static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
-    extern __shared__ __align__(16) u16 stages[];  // [A_STAGES][64][A_ROW]
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
-    const int pieces = (p.in_features + PIECE - 1) / PIECE;
+    extern __shared__ __align__(16) u16 memory[];  // [stages][stage_rows][RUN], x before A
+    constexpr int EACH = BLOCKS / 2;  // blocks of 16 rows of A of a warp
+    const int half = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    const int pieces = (p.in_features + PIECE - 1) / PIECE, stage = p.stage_rows * RUN;
     const int spans = (p.slices * p.header[1] + 16 * BLOCKS - 1) / (16 * BLOCKS);
     const int items = p.header[0] * pieces * spans;
-    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 lines a pass of 128 threads copies
+    const int chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 16 lines a pass of 256 threads copies
+    u16* const mine = memory + staged(line, chunk);
     auto runs_of = [&](int piece) { return (min(PIECE, p.in_features - piece * PIECE) + RUN - 1) / RUN; };
     if (!p.late) let_next_start();
-    ShrinkItem a_item, x_item, now;
-    int a_run = 0, x_run = 0, filled = 0, used = 0;
-    a_item.seek(p, blockIdx.x, items, pieces, spans, 16 * BLOCKS);
-    now = x_item = a_item;
-    auto fetch_a = [&]() {
-        if (a_item.index < items) {
-            const int first = a_item.block * 16 * BLOCKS, left = p.slices * a_item.tile.w - first;
-            const int k = a_item.piece * PIECE + a_run * RUN + chunk * 8;
-            const u16* from = p.weights + a_item.tile.x * p.slot_stride + a_item.tile.w * p.a_unit +
-                              (long long)(first + line) * p.in_features + k;
-            u16* to = stages + (filled * LONG_ROWS + line) * A_ROW + chunk * 8;
-            const bool inside = k < p.in_features;
-            for (int r = 0; r < min(left + 15, 16 * BLOCKS) / 16 * 16; r += 8)
-                copy_async(to + r * A_ROW, from + (long long)r * p.in_features, inside && line + r < left);
-            filled = filled + 1 == A_STAGES ? 0 : filled + 1;
-            if (++a_run == runs_of(a_item.piece)) {
-                a_run = 0;
-                a_item.seek(p, a_item.index + gridDim.x, items, pieces, spans, 16 * BLOCKS);
+    ShrinkItem ahead, now;
+    int ahead_run = 0, filled = 0, used = 0, height_left = 0;
+    u32 lines = 0, row[LONG_ROWS / 16];  // bits of the lines of x that are there, first elements of their rows
+    const u16* a = p.weights;            // of the item and of this thread
+    auto point = [&]() {
+        const int4 tile = ahead.tile;
+        const int first = ahead.block * 16 * BLOCKS;
+        height_left = p.slices * tile.w - first - line;
+        a = p.weights + tile.x * p.slot_stride + tile.w * p.a_unit + (long long)(first + line) * p.in_features + ahead.piece * PIECE + chunk * 8;
+        lines = 0;
+#pragma unroll
+        for (int i = 0; i < LONG_ROWS / 16; i++) {
+            lines |= u32(line + 16 * i < tile.z) << i;
+            row[i] = p.rows[tile.y + min(line + 16 * i, tile.z - 1)] * (u32)p.x_stride;
+        }
+    };
+    auto fetch_a = [&](int run, int to) {
+        const bool inside = ahead.piece * PIECE + run * RUN + chunk * 8 < p.in_features;
+        u16* stage_a = mine + to * stage + LONG_ROWS * RUN;
+        const u16* from = a + run * RUN;
+#pragma unroll
+        for (int r = 0; r < 16 * BLOCKS; r += 16, from += 16 * p.in_features)
+            if (r < height_left + line) copy_async(stage_a + r * RUN, from, inside && r < height_left);
+    };
+    auto fetch_x = [&](int run, int to) {
+        const int k = ahead.piece * PIECE + run * RUN + chunk * 8;
+#pragma unroll
+        for (int i = 0; i < LONG_ROWS / 16; i++)
+            if (lines >> i & 1) copy_async(mine + to * stage + 16 * i * RUN, p.x + k + row[i], k < p.in_features);
+    };
+    auto fetch = [&](bool with_a) {
+        if (ahead.index < items) {
+            if (with_a) fetch_a(ahead_run, filled);
+            fetch_x(ahead_run, filled);
+            filled = filled + 1 == p.stages ? 0 : filled + 1;
+            if (++ahead_run == runs_of(ahead.piece)) {
+                ahead_run = 0;
+                ahead.seek(p, ahead.index + gridDim.x, items, pieces, spans, 16 * BLOCKS);
+                if (ahead.index < items) point();
             }
         }
         commit_copies();
     };
-    const u16* from[2];
-    bool live[2];
-    uint4 x[2][4];
-    auto point = [&]() {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int token = warp * 16 + j * 8 + g;
-            live[j] = token < x_item.tile.z;
-            from[j] = p.x + p.rows[x_item.tile.y + min(token, x_item.tile.z - 1)] * p.x_stride + x_item.piece * PIECE + q * 8;
-        }
-    };
-    auto fetch_x = [&]() {
-        const int left = p.in_features - x_item.piece * PIECE - q * 8;
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-                x[j][s] = live[j] && x_run * RUN + 32 * s < left ? load_row(from[j] + x_run * RUN + 32 * s)
-                                                                 : make_uint4(0, 0, 0, 0);
-        if (++x_run == runs_of(x_item.piece)) {
-            x_run = 0;
-            x_item.seek(p, x_item.index + gridDim.x, items, pieces, spans, 16 * BLOCKS);
-            if (x_item.index < items) point();
-        }
-    };
-#pragma unroll
-    for (int i = 0; i < A_STAGES - 1; i++) fetch_a();
-    if (x_item.index < items) point();
+    ahead.seek(p, blockIdx.x, items, pieces, spans, 16 * BLOCKS);
+    now = ahead;
+    if (now.index < items) point();
+    const int early = now.index < items ? min(p.stages - 1, runs_of(now.piece)) : 0;
+    for (int run = 0; run < early; run++) fetch_a(run, run);
     wait_for_previous();
     if (p.late) let_next_start();
-    if (x_item.index < items) fetch_x();
+    for (int i = 0; i < p.stages - 1; i++) fetch(i >= early);
     for (; now.index < items; now.seek(p, now.index + gridDim.x, items, pieces, spans, 16 * BLOCKS)) {
         const int4 tile = now.tile;
         const int height = p.slices * tile.w, r0 = now.block * 16 * BLOCKS, runs = runs_of(now.piece);
-        float sum[BLOCKS][2][4];
+        float sum[EACH][2][4];
 #pragma unroll
-        for (int i = 0; i < BLOCKS * 8; i++) sum[i >> 3][i >> 2 & 1][i & 3] = 0.f;
+        for (int i = 0; i < EACH * 8; i++) sum[i >> 3][i >> 2 & 1][i & 3] = 0.f;
         for (int run = 0; run < runs; run++) {
-            uint4 b[2][4];
-#pragma unroll
-            for (int i = 0; i < 8; i++) b[i >> 2][i & 3] = x[i >> 2][i & 3];
-            if (x_item.index < items) fetch_x();
-            wait_for_copies<A_STAGES - 2>();
+            wait_for_copies_but(p.stages - 2);
             __syncthreads();
-            fetch_a();
-            const u16* at = stages + (used * LONG_ROWS + g) * A_ROW + q * 8;
-            used = used + 1 == A_STAGES ? 0 : used + 1;
+            fetch(true);
+            const u16* at = memory + used * stage;
+            used = used + 1 == p.stages ? 0 : used + 1;
+            auto read = [&](int first, int s) { return *(const uint4*)(at + first * RUN + staged(g, s * 4 + q)); };
+            uint4 x[2][4];
 #pragma unroll
-            for (int c = 0; c < BLOCKS; c++) {
-                if (r0 + c * 16 >= height) continue;
+            for (int i = 0; i < 8; i++) x[i >> 2][i & 3] = read(warp * 16 + (i >> 2) * 8, i & 3);
+#pragma unroll
+            for (int c = 0; c < EACH; c++) {
+                const int first = (2 * c + half) * 16;
+                if (r0 + first >= height) continue;
                 uint4 a0[4], a1[4];
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    a0[s] = *(const uint4*)(at + c * 16 * A_ROW + s * 32);
-                    a1[s] = *(const uint4*)(at + (c * 16 + 8) * A_ROW + s * 32);
-                }
+                for (int s = 0; s < 4; s++) a0[s] = read(LONG_ROWS + first, s), a1[s] = read(LONG_ROWS + first + 8, s);
                 float acc[2][4];
-                one_run<2>(acc, a0, a1, b);
+                one_run<2>(acc, a0, a1, x);
 #pragma unroll
                 for (int i = 0; i < 8; i++) sum[c][i >> 2][i & 3] += acc[i >> 2][i & 3];
             }
         }
 #pragma unroll
-        for (int c = 0; c < BLOCKS; c++)
+        for (int c = 0; c < EACH; c++)
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int token = warp * 16 + (i >> 2) * 8 + 2 * q + (i & 1), r = r0 + c * 16 + g + (i >> 1 & 1) * 8;
+                const int token = warp * 16 + (i >> 2) * 8 + 2 * q + (i & 1), r = r0 + (2 * c + half) * 16 + g + (i >> 1 & 1) * 8;
                 if (token < tile.z && r < height) *h_cell(p, now.piece, tile.y + token, r, tile.w) = sum[c][i >> 2][i & 3];
             }
     }
@@ -226,8 +222,8 @@ static __device__ __forceinline__ void run_shrink_long(const Shrink& p) {
 
 KERNEL(shrink_short_1, 256, 3, Shrink, shrink_short<1>)
 KERNEL(shrink_short_2, 256, 2, Shrink, shrink_short<2>)
-KERNEL(shrink_long_4, 128, 3, Shrink, run_shrink_long<4>)
-KERNEL(shrink_long_2, 128, 3, Shrink, run_shrink_long<2>)
+KERNEL(shrink_long_4, 256, 2, Shrink, run_shrink_long<4>)
+KERNEL(shrink_long_2, 256, 2, Shrink, run_shrink_long<2>)
 
 // Add the partials of long segments once, so that no column group of an expand has to: cells [pieces][cells] -> [0].
 extern "C" __global__ __launch_bounds__(256) void settle(float* h, int pieces, int cells) {
