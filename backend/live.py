@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from backend.base import NO_SLOT, AdapterShape, Capacity, EngineLimits, LoadTiming, StepBatch, StepTiming
+from backend.decode_room import DecodeRoom, pure_decodes
 from backend.decoder import Decoder, DeviceInputs
 from backend.errors import BackendError
 from backend.host_store import HostStore
@@ -91,6 +92,8 @@ class LiveBackend:
         self._host_packed = torch.zeros(size, dtype=torch.int32, pin_memory=self.on_cuda)
         self._packed = torch.zeros_like(self._host_packed, device=self.device)
         self._rooms: OrderedDict[tuple[object, ...], tuple[list[IntArray], DeviceInputs]] = OrderedDict()
+        self._decode_rooms: dict[Padding, tuple[DecodeRoom, DeviceInputs]] = {}
+        self._lies: DecodeRoom | None = None  # what was laid out last, if it was pure decodes
         self._graphs: OrderedDict[Padding, torch.cuda.CUDAGraph] = OrderedDict()
         self._warm: set[tuple[bool, bool, bool]] = set()
         if self.on_cuda:
@@ -134,10 +137,11 @@ class LiveBackend:
 
     def _execute(self, batch: StepBatch, padding: Padding | None) -> StepTiming:
         started = time.perf_counter()
-        inputs = self.layout(batch)
-        if padding is not None:
-            inputs = inputs.padded(padding, self.num_gpu_blocks)
-        device_inputs = self._pack(inputs)
+        if padding is not None and pure_decodes(batch):
+            device_inputs = self._decodes(batch, padding)
+        else:
+            inputs = self.layout(batch)
+            device_inputs = self._pack(inputs if padding is None else inputs.padded(padding, self.num_gpu_blocks))
         device_s = self._timed_forward(device_inputs, padding)
         self.steps_executed += 1
         return StepTiming(device_s, max(0.0, time.perf_counter() - started - device_s))
@@ -167,7 +171,21 @@ class LiveBackend:
         size = padded_size(sum(batch.query_lens)) if self.on_cuda else None
         return None if size is None else Padding.of(batch, size, self.decoder.long_tile, self._short_tile)
 
+    def _decodes(self, batch: StepBatch, padding: Padding) -> DeviceInputs:
+        """`layout`, `padded` and `_pack` of pure decodes, in one."""
+        room = self._decode_rooms.get(padding)
+        if room is None:
+            cells, device_inputs = self._room(self.layout(batch).padded(padding, self.num_gpu_blocks))
+            room = self._decode_rooms[padding] = DecodeRoom(*cells), device_inputs
+        if room[0] is not self._lies:
+            room[0].forget()
+            self._lies = room[0]
+        self.hold_tables(batch)
+        room[0].fill(batch, self._host_tables.numpy(), self.limits.block_size, self.num_gpu_blocks)
+        return room[1]
+
     def _pack(self, inputs: StepInputs) -> DeviceInputs:
+        self._lies = None
         arrays = inputs.arrays()
         shapes = (inputs.adapted, *(array.shape for array in arrays))
         room = self._rooms.get(shapes)

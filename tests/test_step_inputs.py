@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.base import EngineLimits, StepBatch
+from backend.decode_room import pure_decodes
 from backend.geometry import load_geometry
 from backend.live import LiveBackend
 from backend.step_inputs import Padding, StepInputs, lay_out, lay_out_any, power_of_two
@@ -99,3 +102,26 @@ def world() -> LiveBackend:
         limits = EngineLimits(2, 8, 12, 64, 96, SIZE, 0.9)
         _worlds.append(LiveBackend(load_geometry("tiny"), limits, 16, device="cpu"))
     return _worlds[0]
+
+
+@given(st.lists(steps(longest=1), min_size=1, max_size=6), st.lists(st.sampled_from([12, 16]), min_size=6, max_size=6))
+def test_pure_decodes_lie_as_any_step_would(batches: list[StepBatch], sizes: list[int]) -> None:
+    """One after the other, of other sizes and with other steps between, as a step that only moves on leaves much as it is."""
+    backend = world()
+    for batch, size in zip(batches, sizes, strict=False):
+        yes, context = (True,) * len(batch.samples), tuple(max(1, tokens) for tokens in batch.context_lens)
+        ongoing = replace(batch, samples=yes, decodes=yes, context_lens=context)
+        for step in (ongoing, replace(ongoing, slots=batch.slots[::-1]), ongoing):
+            assert pure_decodes(step)
+            padding = Padding.of(step, size, TILE)
+            seen = backend._decodes(step, padding)
+            lain = backend._host_packed[: seen.cells].clone()
+            expected = lay_out(step, as_array(step), SIZE, TILE).padded(padding, backend.num_gpu_blocks)
+            assert (lain.numpy() == np.concatenate([array.ravel() for array in expected.arrays()])).all()
+        backend._pack(backend.layout(batch))
+
+
+@given(steps(longest=2))
+def test_only_requests_that_all_go_on_are_pure_decodes(batch: StepBatch) -> None:
+    ongoing = all(batch.decodes) if batch.decodes else min(batch.context_lens) > 0
+    assert pure_decodes(batch) == (ongoing and max(batch.query_lens) == 1 and all(batch.samples))
