@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from backend.base import NO_SLOT, StepBatch
-from backend.step_inputs import IntArray
+from backend.step_inputs import IntArray, StepInputs
 
 
 def pure_decodes(batch: StepBatch) -> bool:
@@ -19,20 +19,13 @@ def pure_decodes(batch: StepBatch) -> bool:
 
 @dataclass(slots=True)
 class DecodeRoom:
-    """Where pure decodes of one `Padding` lie: arrays as in `StepInputs`, padded.
+    """Where pure decodes of one `Padding` lie.
 
-    `count`: requests of the step that lies there (0: something else does); `slots`: theirs. A step of as many requests over the
-    same slots only moves on: what does not depend on contexts is left as it is.
+    `into`: the arrays, padded; `count`: requests of the step that lies there (0: something else does); `slots`: theirs. A step of
+    as many requests over the same slots only moves on: what does not depend on contexts is left as it is.
     """
 
-    token_from: IntArray
-    positions: IntArray
-    kv_slots: IntArray
-    row_slots: IntArray
-    decode_tiles: IntArray
-    prefill_tiles: IntArray
-    sample_rows: IntArray
-    sample_to: IntArray
+    into: StepInputs
     count: int = field(default=0, init=False)
     slots: tuple[int, ...] = field(default=(), init=False)
 
@@ -45,31 +38,31 @@ class DecodeRoom:
 
         Sampled tokens of padding go to `nowhere`. As `step_inputs.lay_out` and `StepInputs.padded` would.
         """
-        count = len(batch.query_lens)
+        into, count = self.into, len(batch.query_lens)
         if count != self.count:
             self._begin(count, nowhere)
         if batch.slots != self.slots:
-            self.row_slots[:count] = batch.slots
+            into.row_slots[:count] = batch.slots
             self.slots = batch.slots
         context = np.array(batch.context_lens, dtype=np.int32)
         column = context // block_size
         first = np.arange(0, count * tables.shape[1], tables.shape[1])
         cells = tables.reshape(-1)
         block = cells.take(first + column)
-        self.token_from[:count] = cells.take(first + (context - 1) // block_size)
-        self.positions[:count] = self.decode_tiles[:count, 2] = context
-        self.kv_slots[:count] = context + (block - column) * block_size
-        self.sample_to[:count] = block
+        into.token_from[:count] = cells.take(first + (context - 1) // block_size)
+        into.positions[:count] = into.decode_tiles[:count, 2] = context
+        into.kv_slots[:count] = context + (block - column) * block_size
+        into.sample_to[:count] = block
 
     def _begin(self, count: int, nowhere: int) -> None:
         """What depends on the number of requests alone, and all padding."""
-        self.count, self.slots = count, ()
+        into, self.count, self.slots = self.into, count, ()
         requests = np.arange(count, dtype=np.int32)
-        self.decode_tiles[:count, 0] = self.decode_tiles[:count, 1] = self.sample_rows[:count] = requests
-        self.decode_tiles[:count, 3] = 1
+        into.decode_tiles[:count, 0] = into.decode_tiles[:count, 1] = into.sample_rows[:count] = requests
+        into.decode_tiles[:count, 3] = 1
         padding: Sequence[tuple[IntArray, int]] = (
-            (self.token_from, -1), (self.positions, 0), (self.kv_slots, -1), (self.row_slots, NO_SLOT),
-            (self.decode_tiles, -1), (self.sample_rows, 0), (self.sample_to, nowhere),
+            (into.token_from, -1), (into.positions, 0), (into.kv_slots, -1), (into.row_slots, NO_SLOT),
+            (into.decode_tiles, -1), (into.sample_rows, 0), (into.sample_to, nowhere),
         )  # fmt: skip
         for array, value in padding:
             array[count:] = value

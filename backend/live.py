@@ -176,7 +176,7 @@ class LiveBackend:
         room = self._decode_rooms.get(padding)
         if room is None:
             cells, device_inputs = self._room(self.layout(batch).padded(padding, self.num_gpu_blocks))
-            room = self._decode_rooms[padding] = DecodeRoom(*cells), device_inputs
+            room = self._decode_rooms[padding] = DecodeRoom(StepInputs(*cells)), device_inputs
         if room[0] is not self._lies:
             room[0].forget()
             self._lies = room[0]

@@ -28,12 +28,6 @@ struct LongCopies {
             row[i] = p.rows[tile.y + min(line + 8 * i, tile.z - 1)] * (u32)p.y_stride;
         }
     }
-    __device__ __forceinline__ void begin(const Expand& p, u16* memory, const ExpandItem& first) {
-        chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 lines that a pass copies
-        to = memory + staged(line, chunk);
-        item = first, slice = filled = 0;
-        point(p);
-    }
     __device__ __forceinline__ void copy_weights(u16* stage, const u16* from) {
         for (int r = line; r < (item.tile.w + 15) / 16 * 16; r += 8, stage += 8 * 128, from += 8 * width)
             copy_async(stage, from, columns > 0 && r < item.tile.w);
@@ -56,6 +50,19 @@ struct LongCopies {
             }
         }
         commit_copies();
+    }
+    // Fills the first stages, waits for what is before; returns the block's first item.
+    __device__ __forceinline__ ExpandItem begin(const Expand& p, u16* memory, int tiles) {
+        let_next_start();
+        chunk = threadIdx.x & 15, line = threadIdx.x >> 4;  // of the 8 lines that a pass copies
+        to = memory + staged(line, chunk);
+        item.flat = item.number = slice = filled = 0;
+        item.move(p, tiles, blockIdx.x, p.groups);
+        const ExpandItem first = item;
+        point(p);
+        for (int i = 0; i < p.stages - 1; i++) fetch(p, tiles);
+        wait_for_previous();
+        return first;
     }
 };
 
@@ -83,16 +90,9 @@ static __device__ __forceinline__ void run_expand_long(const Expand& p) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
     const int stage = stage_rows(p) * 128, tiles = p.header[0];
     uint4* h = (uint4*)(memory + p.stages * stage) + warp * (p.h_rank / 16) * 2 * 32;
-    let_next_start();
-    ExpandItem now;
-    now.flat = now.number = 0;
-    now.move(p, tiles, blockIdx.x, p.groups);
     LongCopies<false> copies;
-    copies.begin(p, memory, now);
-    for (int i = 0; i < p.stages - 1; i++) copies.fetch(p, tiles);
-    wait_for_previous();
     int used = 0;
-    for (; now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
+    for (ExpandItem now = copies.begin(p, memory, tiles); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
         const int4 tile = now.tile;
         const int first = now.group * p.long_run * 128, end = min(p.width[now.slice], first + p.long_run * 128);
         Target<2> target;

@@ -122,16 +122,9 @@ static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
     const int rows = stage_rows(p), each = (p.h_rank / 16) * 2 * 32, tiles = p.header[0];
     uint4* h = (uint4*)(memory + p.stages * rows * 128) + warp * 2 * each;
-    let_next_start();
-    ExpandItem now;
-    now.flat = now.number = 0;
-    now.move(p, tiles, blockIdx.x, p.groups);
     LongCopies<true> copies;
-    copies.begin(p, memory, now);
-    for (int i = 0; i < p.stages - 1; i++) copies.fetch(p, tiles);
-    wait_for_previous();
     int used = 0;
-    for (; now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
+    for (ExpandItem now = copies.begin(p, memory, tiles); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
         const int4 tile = now.tile;
         const int first = now.group * p.long_run * 128, end = min(p.width[0], first + p.long_run * 128);
         Target<2> target;
