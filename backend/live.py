@@ -137,12 +137,7 @@ class LiveBackend:
 
     def _execute(self, batch: StepBatch, padding: Padding | None) -> StepTiming:
         started = time.perf_counter()
-        if padding is not None and pure_decodes(batch):
-            device_inputs = self._decodes(batch, padding)
-        else:
-            inputs = self.layout(batch)
-            device_inputs = self._pack(inputs if padding is None else inputs.padded(padding, self.num_gpu_blocks))
-        device_s = self._timed_forward(device_inputs, padding)
+        device_s = self._timed_forward(self._laid_out(batch, padding), padding)
         self.steps_executed += 1
         return StepTiming(device_s, max(0.0, time.perf_counter() - started - device_s))
 
@@ -170,6 +165,13 @@ class LiveBackend:
         """What a step is padded to; None where no graph serves it (CPU, or too many rows)."""
         size = padded_size(sum(batch.query_lens)) if self.on_cuda else None
         return None if size is None else Padding.of(batch, size, self.decoder.long_tile, self._short_tile)
+
+    def _laid_out(self, batch: StepBatch, padding: Padding | None) -> DeviceInputs:
+        """The step in host memory, padded; the views of where it goes."""
+        if padding is not None and self._short_tile and pure_decodes(batch):
+            return self._decodes(batch, padding)
+        inputs = self.layout(batch)
+        return self._pack(inputs if padding is None else inputs.padded(padding, self.num_gpu_blocks))
 
     def _decodes(self, batch: StepBatch, padding: Padding) -> DeviceInputs:
         """`layout`, `padded` and `_pack` of pure decodes, in one."""

@@ -114,11 +114,29 @@ def test_pure_decodes_lie_as_any_step_would(batches: list[StepBatch], sizes: lis
         for step in (ongoing, replace(ongoing, slots=batch.slots[::-1]), ongoing):
             assert pure_decodes(step)
             padding = Padding.of(step, size, TILE)
-            seen = backend._decodes(step, padding)
+            seen = backend._laid_out(step, padding)
+            assert backend._lies is not None, "the short way"
             lain = backend._host_packed[: seen.cells].clone()
             expected = lay_out(step, as_array(step), SIZE, TILE).padded(padding, backend.num_gpu_blocks)
             assert (lain.numpy() == np.concatenate([array.ravel() for array in expected.arrays()])).all()
         backend._pack(backend.layout(batch))
+
+
+@given(steps(longest=1))
+def test_without_tiles_of_decodes_they_lie_in_long_ones(batch: StepBatch) -> None:
+    """As deterministic steps do, whose decodes go through one kernel with prompts."""
+    backend = world()
+    ongoing = replace(batch, samples=(True,) * len(batch.samples), decodes=())
+    short_tile, backend._short_tile = backend._short_tile, 0
+    try:
+        padding = Padding.of(ongoing, 16, backend.decoder.long_tile, 0)
+        seen = backend._laid_out(ongoing, padding)
+    finally:
+        backend._short_tile = short_tile
+    lain = backend._host_packed[: seen.cells].clone()
+    inputs = lay_out(ongoing, as_array(ongoing), SIZE, backend.decoder.long_tile, 0)
+    expected = inputs.padded(padding, backend.num_gpu_blocks)
+    assert (lain.numpy() == np.concatenate([array.ravel() for array in expected.arrays()])).all()
 
 
 @given(steps(longest=2))
