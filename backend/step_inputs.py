@@ -115,41 +115,6 @@ def lay_out(
 
     Up to `short_tile` queries of a request go into a tile of decodes; with 0 all go into long ones.
     """
-    if max(batch.query_lens) == 1 and short_tile:
-        return _lay_out_single(batch, tables, block_size)
-    return lay_out_any(batch, tables, block_size, long_tile, short_tile)
-
-
-def _lay_out_single(batch: StepBatch, tables: IntArray, block_size: int) -> StepInputs:
-    """`lay_out_any` where every request computes one token, as nearly all steps are: fewer operations, less host time."""
-    requests = np.arange(len(batch.query_lens), dtype=np.int32)
-    context = np.array(batch.context_lens, dtype=np.int32)
-    column = context // block_size
-    block = tables[requests, column]
-    tiles = np.empty((len(requests), 4), dtype=np.int32)
-    tiles[:, :2], tiles[:, 2], tiles[:, 3] = requests[:, None], context, 1
-    newest = tables[requests, (context - 1) // block_size]  # of a context of 0 anything, which is not used
-    if batch.decodes:
-        newest[~np.array(batch.decodes, dtype=bool)] = -1
-    else:
-        newest[context == 0] = -1
-    samples = slice(None) if all(batch.samples) else np.array(batch.samples, dtype=bool)
-    return StepInputs(
-        newest,
-        context,
-        context + (block - column) * block_size,
-        np.array(batch.slots, dtype=np.int32),
-        tiles,
-        np.empty((0, 4), dtype=np.int32),
-        requests[samples],
-        block[samples],
-    )
-
-
-def lay_out_any(
-    batch: StepBatch, tables: IntArray, block_size: int, long_tile: int, short_tile: int = DECODE_TILE
-) -> StepInputs:
-    """`lay_out` of any step."""
     query = np.array(batch.query_lens, dtype=np.int32)
     context = np.array(batch.context_lens, dtype=np.int32)
     starts = (np.cumsum(query) - query).astype(np.int32)

@@ -41,8 +41,8 @@ class Segments:
 
     `row_slots` int32[T], the input; `rows` int32[T]: original row of each sorted position (only the adapted ones
     count); `cuts`: the tiles, in one size or two; `partials` float32: partial rank vectors on their way from shrink to
-    expand, `ahead` those of the next linear (`cuda_kernels.expand_swiglu`); `exchange` float32 bits [2, cells] and `turn`: the same between the blocks of a base product, see
-    `cuda/shrink_share.cu`. Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
+    expand, `ahead` those of the next linear (`cuda_kernels.expand_swiglu`); `exchange` float32 bits [2, cells] and
+    `turn`: the same between the blocks of a base product, see `cuda/shrink_share.cu`. Lengths depend on T alone, so that a captured CUDA graph serves every mix of adapters.
     """
 
     row_slots: torch.Tensor
