@@ -123,11 +123,12 @@ def shrink(
     each = _shrink_blocks(tiles, height, pieces, run)
     name, items = f"{name}_{each}", tiles * pieces * -(-blocks // each)
     stage_rows = 64 + 16 * min(each, blocks)
-    most = min(-(-items // run.processors), RESIDENT_BLOCKS[name])
-    resident, stages, shared = _stages(name, stage_rows, 0, most, run)
+    # Of a multiprocessor's memory no more where one block has it alone: what is left is for the first blocks of the expand.
+    resident, stages, shared = _stages(name, stage_rows, 0, RESIDENT_BLOCKS[name], run)
     args = shrink_args(x, bank, linear, segments, cut, late=late, stages=stages, stage_rows=stage_rows)
     # There can be more tiles than those of 64 rows: each adapter adds one.
-    grid = min(rows * pieces * -(-blocks // each), run.processors * resident)
+    most = min(-(-items // run.processors), resident)
+    grid = min(rows * pieces * -(-blocks // each), run.processors * most)
     run.launch(name, grid, 256, (args,), shared, early=segments.begin())
 
 

@@ -89,7 +89,6 @@ inline u16 narrow(float f) {
 inline u32 pack(float low, float high) { return (u32)narrow(high) << 16 | narrow(low); }
 inline float exp2_of(float x) { return exp2f(x); }
 inline float inverse(float x) { return 1.f / x; }
-inline float quotient(float x) { return 1.f / x; }
 inline float arithmetic(float f) { return f == f ? f : __uint_as_float(0x7fffffff); }  // its NaN
 
 inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

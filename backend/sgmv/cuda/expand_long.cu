@@ -38,7 +38,7 @@ struct LongCopies {
             const u16* from = PAIRED && slice ? y + (p.begin[1] - p.begin[0]) : y;
 #pragma unroll
             for (int i = 0; i < LONG_ROWS / 8; i++)
-                if (columns > 0 && lines >> i & 1) copy_async(stage + 8 * i * 128, from + row[i], true);
+                if (lines >> i & 1) copy_async(stage + 8 * i * 128, from + row[i], columns > 0);
             copy_weights(stage + LONG_ROWS * 128, PAIRED && slice ? b + up : b);
             if (PAIRED && slice && p.ahead) copy_weights(stage + (LONG_ROWS + 16) * 128, b + ahead);
             filled = filled + 1 == p.stages ? 0 : filled + 1;

@@ -4,42 +4,24 @@ static __device__ __forceinline__ float exp2_of(float x) {
     return e;
 }
 
-static __device__ __forceinline__ float inverse(float x) {  // of up to 2^126 the quotient, in one instruction
+static __device__ __forceinline__ float inverse(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 
-static __device__ __forceinline__ float quotient(float x) {
-    float r;
-    asm("div.full.f32 %0, %1, %2;" : "=f"(r) : "f"(1.f), "f"(x));
-    return r;
+// The operations of `_silu_mul` in ops_triton.py, one by one, so that a row has the same bits by either way. That 2^x is taken
+// for 0 where it is no normal number changes no 1 + 2^x; and a quarter of that has no quotient too small for the instruction.
+static __device__ __forceinline__ float swiglu(float gate, float up) {
+    const float quarter = fmaf(exp2_of(-gate * 1.4426950408889634f), 0.25f, 0.25f);
+    return gate * (inverse(quarter) * 0.25f) * up;
 }
 
-static __device__ __forceinline__ float inverse_sigmoid(float gate) { return 1.f + exp2_of(-gate * 1.4426950408889634f); }
-
-// The operations of `_silu_mul` in ops_triton.py, one by one, so that a row has the same bits by either way. (That 2^x is taken
-// for 0 where it is no normal number changes no 1 + 2^x.)
-static __device__ __forceinline__ float swiglu(float gate, float up) { return gate * quotient(inverse_sigmoid(gate)) * up; }
-
 static __device__ __forceinline__ uint4 swiglu(const uint4& gate, const uint4& up) {
-    float a[8], d[8], most = 0.f;
-#pragma unroll
-    for (int m = 0; m < 8; m++) {
-        a[m] = widen(word(gate, m >> 1), m & 1), d[m] = inverse_sigmoid(a[m]);
-        most = fmaxf(most, d[m]);
-    }
-    if (most <= 0x1p126f) {
-#pragma unroll
-        for (int m = 0; m < 8; m++) d[m] = inverse(d[m]);
-    } else {
-#pragma unroll
-        for (int m = 0; m < 8; m++) d[m] = quotient(d[m]);
-    }
     u32 out[4];
 #pragma unroll
     for (int m = 0; m < 4; m++)
-        out[m] = pack(a[2 * m] * d[2 * m] * widen(word(up, m), 0), a[2 * m + 1] * d[2 * m + 1] * widen(word(up, m), 1));
+        out[m] = pack(swiglu(widen(word(gate, m), 0), widen(word(up, m), 0)), swiglu(widen(word(gate, m), 1), widen(word(up, m), 1)));
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
@@ -71,20 +53,19 @@ struct Activated {  // this lane's tokens, as in Target
     }
 };
 
-// What one slice adds: gate is kept, up writes; the latter also where y was in the stage, zeros past `end`.
+// What one slice adds: gate is kept, up writes; the latter also where y was in the stage (zeros past `end`, as all of it is there).
 static __device__ __forceinline__ void add_slice(int slice, const Target<2>& target, const Activated& to, uint4 (&gate)[2][2][2],
                                                  const float (&c)[8][2][4], float scale, int at, int end, u16* stage, int row, int chunk) {
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
-        const bool inside = at + half * 64 < end;
         uint4 sum = target.sum(c, scale, j, i, half);
         if (slice == 0) {
             gate[j][i][half] = sum;
             continue;
         }
-        sum = inside ? swiglu(gate[j][i][half], sum) : make_uint4(0, 0, 0, 0);
-        if (target.live[j][i] && inside) *(uint4*)(to.row[j][i] + at + half * 64) = sum;
+        sum = swiglu(gate[j][i][half], sum);
+        if (target.live[j][i] && at + half * 64 < end) *(uint4*)(to.row[j][i] + at + half * 64) = sum;
         *(uint4*)(stage + staged(row + j * 8 + i, chunk + half * 8)) = sum;
     }
 }
