@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from backend.base import EngineLimits
@@ -74,12 +75,16 @@ class Bench:
     def times(self, steps: Sequence[Sequence[Any]], skipped: int) -> list[pd.DataFrame]:
         """Milliseconds of each sequence of steps but its first `skipped`: elapsed, device, host.
 
-        The sequences, alike but for their adapters, take turns, step by step: as a GPU grows warm its clock falls, which
-        must not be in what adapters add.
+        The sequences, alike but for their adapters, take turns, step by step, each turn in an order of its own: as a GPU grows
+        warm its clock falls, and it takes some time to rise after a step that used more power. Neither must be in what adapters add.
         """
         from backend.compositions import again
 
-        taken = [[self.backend.execute(again(step)) for step in turn] for turn in zip(*steps, strict=True)][skipped:]
+        draw, taken = np.random.default_rng(0), []
+        for turn in zip(*steps, strict=True):
+            times = {i: self.backend.execute(again(turn[i])) for i in draw.permutation(len(turn)).tolist()}
+            taken.append([times[i] for i in range(len(turn))])
+        taken = taken[skipped:]
         columns = ["elapsed", "device", "host"]
         return [
             pd.DataFrame([(t.elapsed_s * 1e3, t.device_s * 1e3, t.host_s * 1e3) for t in each], columns=columns)

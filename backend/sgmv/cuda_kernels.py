@@ -25,7 +25,7 @@ RESIDENT_BLOCKS = {
     "expand_short_1": 4,
     "expand_short_1_ringed": 3,
     "expand_short_2": 3,
-    "expand_long": 3,
+    "expand_long": 2,
     "expand_long_swiglu": 2,
 }
 """Blocks a multiprocessor holds at a time (`__launch_bounds__` in the sources): grids are no larger."""
@@ -34,14 +34,14 @@ RESIDENT_BLOCKS = {
 FILL = 0.9
 """Blocks that a multiprocessor should get of the shrink of long segments, where taking smaller shares of A allows it."""
 
-PROLOGUE = 1.5
-"""What a block of `expand_long` does before its first 128 columns, in the time of so many times 128 columns."""
+FETCH = 1.5
+"""What a block of `expand_long` does for each tile of its share, rank vectors above all, in the time of so many times 128 columns."""
 
-WALKS, WHOLE_PIECES = range(16, 1, -1), (16, 8)
-"""Blocks of 128 columns that a block of `expand_long` may take; and those where it must end with a piece of the next shrink."""
+RUNS, WHOLE_PIECES = range(16, 0, -1), (16, 8)
+"""Blocks of 128 columns that the blocks of `expand_long` may share out together; and those that end with a piece of the next shrink."""
 
 DETOUR = 1.2
-"""By how much walking whole pieces may be slower: a shrink of its own is less."""
+"""By how much sharing out whole pieces may be slower: a shrink of its own is less."""
 
 SWIGLU_FROM = 512
 """Rows from which the expand of gate and up applies SwiGLU: where segments are cut into tiles of 64 rows."""
@@ -83,17 +83,18 @@ def _shrink_blocks(tiles: int, height: int, pieces: int, run: Kernels) -> int:
     return 4 if height > 32 and tiles * pieces * -(-height // 64) >= FILL * run.processors else 2
 
 
-def _long_run(tiles: int, widths: tuple[int, ...], blocks: int, walks: Sequence[int]) -> tuple[int, float]:
-    """Which of `walks`, blocks of 128 columns, each of `blocks` blocks of `expand_long` takes, and what that costs.
+def _long_run(tiles: int, widths: tuple[int, ...], blocks: int, runs: Sequence[int]) -> tuple[int, float]:
+    """Which of `runs`, blocks of 128 columns, the units are that `blocks` blocks of `expand_long` share out, and what that costs.
 
-    So many that the last round is full, or nearly.
+    So many that no block has parts of two tiles, if that makes no share much larger than another.
     """
 
-    def rounds(walk: int) -> float:
-        return -(-tiles * sum(columns(widths, walk * 128)[2]) // blocks) * (walk + PROLOGUE)
+    def cost(run: int) -> float:
+        share = -(-tiles * sum(columns(widths, run * 128)[2]) // blocks)
+        return share * run + FETCH * min(share, 2)
 
-    best = min(walks, key=rounds)
-    return best, rounds(best)
+    best = min(runs, key=cost)
+    return best, cost(best)
 
 
 def shrink(
@@ -188,7 +189,7 @@ def _expand_long(
     stage_rows = 64 + rank + (16 if after else 0)
     resident, stages, shared = _stages(name, stage_rows, fragments, RESIDENT_BLOCKS[name], run)
     blocks = run.processors * resident
-    long_run, _ = _long_run(-(-rows // 64), widths, blocks, WHOLE_PIECES if after else WALKS)
+    long_run, _ = _long_run(-(-rows // 64), widths, blocks, WHOLE_PIECES if after else RUNS)
     groups = columns(widths, 128 * long_run)[2]
     args = expand_args(
         out, bank, linear, segments, segments.cut(LONG), groups=groups, pieces=pieces, long_run=long_run, stages=stages,
@@ -197,7 +198,7 @@ def _expand_long(
     if ahead:
         args.h = segments.ahead.data_ptr()
     # It reads `out` before its predecessor has ended, which must not be the base product.
-    run.launch(name, min(rows * sum(groups), blocks), 128, (args,), shared, early=not ahead)
+    run.launch(name, min(rows * sum(groups), blocks), 256, (args,), shared, early=not ahead)
 
 
 def takes_swiglu(linear: FusedLinear, segments: Segments) -> bool:
@@ -208,12 +209,12 @@ def takes_swiglu(linear: FusedLinear, segments: Segments) -> bool:
 
 
 def shrinks_ahead(linear: FusedLinear, segments: Segments, dtype: torch.dtype) -> bool:
-    """Whether `expand_swiglu` shrinks what it writes as well: with small ranks, where walking whole pieces is no great detour."""
+    """Whether `expand_swiglu` shrinks what it writes as well: with small ranks, where whole pieces are no great detour."""
     if not len(segments.ahead):
         return False
     tiles, widths = -(-len(segments.rows) // 64), linear.out_features[:1]
     blocks = kernels(dtype).processors * RESIDENT_BLOCKS["expand_long_swiglu"]
-    cost = [_long_run(tiles, widths, blocks, walks)[1] for walks in (WHOLE_PIECES, WALKS)]
+    cost = [_long_run(tiles, widths, blocks, runs)[1] for runs in (WHOLE_PIECES, RUNS)]
     return cost[0] <= DETOUR * cost[1]
 
 

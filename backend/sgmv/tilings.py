@@ -30,8 +30,12 @@ LONG_FROM, LONG_RANK = 512, 128
 WIDE = 8192
 """Columns of y from which B is so large that reading it for every 8 rows takes longer than for every 16."""
 
-SHORT_SHRINK, SHORT_EXPAND = 1.6e8, 3.2e6
-"""Up to so many multiplications of a shrink (rows times rows of A times columns), and elements of y, short tiles are faster."""
+SHORT_SHRINK, SHORT_ROWS = 1.4e8, 2048
+"""Up to so many multiplications of a shrink (rows times rows of A times columns) of fewer rows short tiles are faster: long ones are
+too few."""
+
+SHORT_EXPAND, SMALL_RANK = (6.4e6, 3.2e6), 16
+"""Up to so many elements of y short tiles are faster, with ranks up to the small one and with larger."""
 
 TRITON = Tiling(16, "", "")
 
@@ -47,12 +51,12 @@ def cuts(rows: int, max_lora_rank: int) -> tuple[Tiling, ...]:
 
 def for_shrink(rows: int, max_lora_rank: int, slices: int, in_features: int) -> Tiling:
     """One of `cuts`. Short tiles read all of A for every 16 rows; long ones have fewer blocks."""
-    short = rows >= LONG_FROM and rows * slices * max_lora_rank * in_features <= SHORT_SHRINK
+    short = LONG_FROM <= rows < SHORT_ROWS and rows * slices * max_lora_rank * in_features <= SHORT_SHRINK
     return cuts(rows, max_lora_rank)[0 if short else -1]
 
 
 def for_expand(rows: int, max_lora_rank: int, columns: int) -> Tiling:
     """One of `cuts`. Short tiles have more blocks; those of longer ones read B less often."""
     if rows >= LONG_FROM:
-        return cuts(rows, max_lora_rank)[0 if rows * columns <= SHORT_EXPAND else -1]
+        return cuts(rows, max_lora_rank)[0 if rows * columns <= SHORT_EXPAND[max_lora_rank > SMALL_RANK] else -1]
     return cuts(rows, max_lora_rank)[0 if rows <= 64 or (rows <= 256 and columns <= WIDE) else -1]

@@ -35,64 +35,52 @@ static __device__ __forceinline__ void swiglu_of_base(const Expand& p) {
             const long long row = start + i * gridDim.x;
             const u16* gate = p.y + row * p.y_stride;
 #pragma unroll 4
-            for (int at = threadIdx.x * 8; at < width; at += 128 * 8)
+            for (int at = threadIdx.x * 8; at < width; at += 256 * 8)
                 *(uint4*)(p.activated + row * p.activated_stride + at) = swiglu(load_row(gate + at), load_row(gate + p.begin[1] + at));
         }
     }
 }
 
-struct Activated {  // this lane's tokens, as in Target
-    u16* row[2][2];
-
-    __device__ __forceinline__ void aim(const Expand& p, const int4& tile, int mine, int q) {
+// What one slice adds: gate is kept, up writes; the latter also where y was in the stage (zeros past the end, as all of it is there).
+static __device__ __forceinline__ void add_slice(int slice, const LongTarget& to, uint4 (&gate)[2][2], const float (&c)[4][2][4], float scale,
+                                                 int at, bool inside, u16* stage, const LongWarp& warp) {
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const int token = mine + (n >> 1) * 8 + 2 * q + (n & 1);
-            row[n >> 1][n & 1] = p.activated + p.rows[tile.y + min(token, tile.z - 1)] * p.activated_stride;
-        }
-    }
-};
-
-// What one slice adds: gate is kept, up writes; the latter also where y was in the stage (zeros past `end`, as all of it is there).
-static __device__ __forceinline__ void add_slice(int slice, const Target<2>& target, const Activated& to, uint4 (&gate)[2][2][2],
-                                                 const float (&c)[8][2][4], float scale, int at, int end, u16* stage, int row, int chunk) {
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-        const int j = n >> 2, i = n >> 1 & 1, half = n & 1;
-        uint4 sum = target.sum(c, scale, j, i, half);
+    for (int n = 0; n < 4; n++) {
+        const int j = n >> 1, i = n & 1;
+        uint4 sum = long_sum(c, scale, stage, j, i, warp);
         if (slice == 0) {
-            gate[j][i][half] = sum;
+            gate[j][i] = sum;
             continue;
         }
-        sum = swiglu(gate[j][i][half], sum);
-        if (target.live[j][i] && at + half * 64 < end) *(uint4*)(to.row[j][i] + at + half * 64) = sum;
-        *(uint4*)(stage + staged(row + j * 8 + i, chunk + half * 8)) = sum;
+        sum = swiglu(gate[j][i], sum);
+        to.store(sum, j, i, at, inside);
+        *(uint4*)(stage + staged(warp.mine + j * 8 + 2 * warp.q + i, warp.half * 8 + warp.g)) = sum;
     }
 }
 
-// Adds a run of `activated`, which a warp has left in its 16 rows of the stage, times the 16 rows of the next linear's A there.
-static __device__ __forceinline__ void shrink_stage(float (&sum)[2][4], const u16* stage, int mine, int g, int q) {
-    uint4 a0[4], a1[4], x[2][4];
+// Adds a run of `activated`, which two warps have left in their 16 rows of the stage, times the 16 rows of the next linear's A there:
+// eight of the rows each.
+static __device__ __forceinline__ void shrink_stage(float (&sum)[4], const u16* stage, const LongWarp& warp) {
+    uint4 a0[4], a1[4], x[1][4];
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-        const u16* a = stage + (LONG_ROWS + 16) * 128 + staged(g, 4 * s + q);
+        const u16* a = stage + (LONG_ROWS + 16) * 128 + staged(warp.g, 4 * s + warp.q);
         a0[s] = *(const uint4*)a, a1[s] = *(const uint4*)(a + 8 * 128);
-#pragma unroll
-        for (int j = 0; j < 2; j++) x[j][s] = *(const uint4*)(stage + (mine + j * 8) * 128 + staged(g, 4 * s + q));
+        x[0][s] = *(const uint4*)(stage + (warp.mine + warp.half * 8) * 128 + staged(warp.g, 4 * s + warp.q));
     }
-    float acc[2][4];
-    one_run<2>(acc, a0, a1, x);
+    float acc[1][4];
+    one_run<1>(acc, a0, a1, x);
 #pragma unroll
-    for (int n = 0; n < 8; n++) sum[n >> 2][n & 3] += acc[n >> 2][n & 3];
+    for (int n = 0; n < 4; n++) sum[n] += acc[0][n];
 }
 
 // Writes the sums of a piece and begins the next.
-static __device__ __forceinline__ void end_piece(float (&sum)[2][4], const Expand& p, const int4& tile, int piece, int mine, int g, int q) {
+static __device__ __forceinline__ void end_piece(float (&sum)[4], const Expand& p, const int4& tile, int piece, const LongWarp& warp) {
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-        const int token = mine + (n >> 2) * 8 + 2 * q + (n & 1), r = g + (n >> 1 & 1) * 8;
-        if (token < tile.z && r < tile.w) p.ahead[((long long)piece * p.h_rows + tile.y + token) * p.h_rank + r] = sum[n >> 2][n & 3];
-        sum[n >> 2][n & 3] = 0.f;
+    for (int n = 0; n < 4; n++) {
+        const int token = warp.mine + warp.half * 8 + 2 * warp.q + (n & 1), r = warp.g + (n >> 1) * 8;
+        if (token < tile.z && r < tile.w) p.ahead[((long long)piece * p.h_rows + tile.y + token) * p.h_rank + r] = sum[n];
+        sum[n] = 0.f;
     }
 }
 
@@ -100,45 +88,41 @@ static __device__ __forceinline__ void end_piece(float (&sum)[2][4], const Expan
 // and up themselves stay in registers, where y would be written and read again. With `ahead`, whole pieces are walked and shrunk.
 static __device__ __forceinline__ void run_expand_long_swiglu(const Expand& p) {
     extern __shared__ __align__(16) u16 memory[];  // as in expand_long, fragments of gate and of up
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, mine = warp * 16;
-    const int rows = stage_rows(p), each = (p.h_rank / 16) * 2 * 32, tiles = p.header[0];
-    uint4* h = (uint4*)(memory + p.stages * rows * 128) + warp * 2 * each;
+    const LongWarp warp;
+    const int stage_size = stage_rows(p) * 128, each = (p.h_rank / 16) * 2 * 32;
+    uint4* h = (uint4*)(memory + p.stages * stage_size) + warp.mine / 16 * 2 * each;
     LongCopies<true> copies;
     int used = 0;
-    for (ExpandItem now = copies.begin(p, memory, tiles); now.valid; now.move(p, tiles, gridDim.x, p.groups)) {
+    for (LongItem now = copies.begin(p, memory); now.valid; now.move(p)) {
         const int4 tile = now.tile;
-        const int first = now.group * p.long_run * 128, end = min(p.width[0], first + p.long_run * 128);
-        Target<2> target;
-        target.aim(p, tile, 0, mine, q);
-        Activated to;
-        to.aim(p, tile, mine, q);
+        LongTarget to;
+        to.aim(p, tile, p.activated, p.activated_stride, warp);
         const float scale = p.scaling[tile.x];
-        __syncwarp();
-        gather_h<2>(p, (u32*)h, tile, 0, mine, 16, lane, 32);
-        gather_h<2>(p, (u32*)(h + each), tile, 1, mine, 16, lane, 32);
-        __syncwarp();
-        uint4 gate[2][2][2];
-        float sum[2][4];
-#pragma unroll
-        for (int n = 0; n < 8; n++) sum[n >> 2][n & 3] = 0.f;
-        for (int column = first; column < end; column += 128)
+        warp.meet_other();
+        gather_h<2>(p, (u32*)(h + warp.half * each), tile, warp.half, warp.mine, 16, warp.lane, 32);
+        warp.meet_other();
+        uint4 gate[2][2];
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int column = now.first; column < now.last; column += 128) {
+            const bool inside = column + warp.half * 64 + warp.g * 8 < now.last;
 #pragma unroll
             for (int slice = 0; slice < 2; slice++) {
                 wait_for_copies_but(p.stages - 2);
                 __syncthreads();
-                copies.fetch(p, tiles);
-                u16* stage = memory + used * rows * 128;
+                copies.fetch(p);
+                u16* stage = memory + used * stage_size;
                 used = used + 1 == p.stages ? 0 : used + 1;
-                float c[8][2][4];
-                multiply_stage(c, target, stage, h + slice * each, tile.w, mine, lane);
-                add_slice(slice, target, to, gate, c, scale, column + g * 8, end, stage, mine + 2 * q, g);
+                float c[4][2][4];
+                multiply_stage(c, stage, h + slice * each, tile.w, warp);
+                add_slice(slice, to, gate, c, scale, column, inside, stage, warp);
                 if (slice == 0 || !p.ahead) continue;
-                __syncwarp();
-                shrink_stage(sum, stage, mine, g, q);
-                if ((column + 128) % PIECE == 0 || column + 128 >= end) end_piece(sum, p, tile, column / PIECE, mine, g, q);
+                warp.meet_other();
+                shrink_stage(sum, stage, warp);
+                if ((column + 128) % PIECE == 0 || column + 128 >= now.last) end_piece(sum, p, tile, column / PIECE, warp);
             }
+        }
     }
     swiglu_of_base(p);
 }
 
-KERNEL(expand_long_swiglu, 128, 2, Expand, run_expand_long_swiglu)
+KERNEL(expand_long_swiglu, 256, 2, Expand, run_expand_long_swiglu)
