@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backend.base import NO_SLOT, AdapterShape, EngineLimits, StepBatch
-from backend.compositions import Room, compose, decode_grid, prefill_grid, random_steps
+from backend.base import AdapterShape, EngineLimits, StepBatch
+from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.contention import facts as contention_facts
 from backend.contention import measure_contention
 from backend.errors import BackendError
 from backend.fitting import accuracy, composition, load_curve, measured
 from backend.gpu_watch import watching
 from backend.live import GRAPH_SIZES, LiveBackend
+from backend.load_turns import TURNS, LoadTurns
 from backend.memory import memory_plan
 from backend.profile import Profile, measured_facts, write_profile
 from backend.regression import Engine, fit_predictor
@@ -34,9 +35,6 @@ ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 RANKS = (8, 16, 32, 64)
 ROUNDS = 3
 """How often prompts are executed; decodes come `rounds.DECODE_TURNS` times as often."""
-
-READS, STEPS_BETWEEN = 4, 5
-"""Turns in which adapters are read and copied while loads are measured, and steps between two of them."""
 
 
 def measuring_limits(device: str) -> EngineLimits:
@@ -99,35 +97,10 @@ def fill_slots(backend: LiveBackend, limits: EngineLimits) -> Room:
     return Room(limits, backend.num_gpu_blocks, slots)
 
 
-def measure_loads(backend: LiveBackend, room: Room, repeats: int) -> pd.DataFrame:
-    """Time disk -> host and host -> slot for every rank: columns `kind, rank, nbytes, elapsed_s`.
-
-    As an engine has them: an adapter is read, then copied, and between adapters there are steps. Reads on end take longer, and
-    a copy after other copies less. Ranks are mixed, every adapter has host memory of its own, and all but the first turn's reads go
-    into memory that an adapter left, whose turn was long ago: a copy that is repeated on the spot finds its bytes in the
-    processor's caches. The first turn of the first adapter of each rank is not timed.
-    """
-    rng = np.random.default_rng(20261124)
-    shapes = [AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES) for rank in RANKS for i in range(repeats + 1)]
-    firsts = {shape.adapter_id for shape in shapes[:: repeats + 1]}
-    count = min(8, room.limits.max_num_seqs)
-    step = compose([1] * count, [256] * count, [NO_SLOT] * count, room)
-    assert step is not None, "a few short decodes fit where profiles are measured"
-    rows: list[tuple[str, int, int, float]] = []
-    for turn in range(READS):
-        for chosen in rng.permutation(len(shapes)):
-            shape = shapes[int(chosen)]
-            if turn:
-                backend.drop(shape.adapter_id)
-            for _ in range(STEPS_BETWEEN):
-                backend.execute(step)
-            slot = RANKS.index(shape.rank)
-            for kind, timing in (("stage", backend.stage(shape)), ("load", backend.load(shape, slot))):
-                if turn or shape.adapter_id not in firsts:
-                    rows.append((kind, shape.rank, timing.nbytes, timing.elapsed_s))
-    for shape in shapes:
-        backend.drop(shape.adapter_id)
-    return pd.DataFrame(rows, columns=["kind", "rank", "nbytes", "elapsed_s"])
+def load_turns(backend: LiveBackend, room: Room, count: int) -> LoadTurns:
+    """`count` adapters of every rank to be read and copied while steps are measured."""
+    shapes = [AdapterShape(10_000 + 100 * rank + i, rank, ALL_MODULES) for rank in RANKS for i in range(count)]
+    return LoadTurns(backend, shapes, {rank: slots[0] for rank, slots in room.slots_of_rank.items()})
 
 
 def compositions(room: Room, *, small: bool) -> list[tuple[str, StepBatch]]:
@@ -153,7 +126,12 @@ def measure_profile(
     started = time.perf_counter()
     limits = measuring_limits(device)
     facts = {**describe_device(device), "geometry": geometry.name, "limits": asdict(limits)}
-    facts |= {"rounds": ROUNDS, "decode_turns": DECODE_TURNS, "engine_between": between is not None}
+    facts |= {
+        "rounds": ROUNDS,
+        "decode_turns": DECODE_TURNS,
+        "load_turns": TURNS,
+        "engine_between": between is not None,
+    }
     same = {"quick": quick, **{name: fact for name, fact in facts.items() if name != "date"}}
     rounds = Rounds(out.with_name(f"{out.name}.part"), same)
     gpu_bytes = device_bytes(device)
@@ -164,9 +142,13 @@ def measure_profile(
         room = fill_slots(backend, limits)
         ranks = {slot: rank for rank, slots in room.slots_of_rank.items() for slot in slots}
         kinds, batches = zip(*compositions(room, small=quick or device == "cpu"), strict=True)
+        turns = load_turns(backend, room, 2 if quick else 4)
         with watching(enabled=device == "cuda") as watch:
-            timings = measure_rounds(backend, batches, ROUNDS, rounds=rounds, between=between or (lambda: None))
-        loads = measure_loads(backend, room, 3 if quick else 5)
+            timings = measure_rounds(
+                backend, batches, ROUNDS, rounds=rounds, between=between or (lambda: None), loads=turns
+            )
+        turns.close()
+        loads = pd.concat([rounds.loads(number) for number in range(ROUNDS)], ignore_index=True)
         contention = measure_contention(backend, room, ALL_MODULES) if device == "cuda" else None
     finally:
         backend.close()

@@ -2,7 +2,8 @@
 
 How long a step takes depends on what ran before it: at its power limit a GPU lowers its clock after prompts, and raises it again
 in decodes. So they are mixed in one order without a pause, as an engine's are, and decodes come `DECODE_TURNS` times in each
-round: each once, the GPU would be at prompts most of the time. Rounds that were finished are kept in a folder, so that a
+round, one after the other: each once, the GPU would be at prompts most of the time, and the host has more to do for a step of another
+CUDA graph than the one before, which an engine's decodes seldom are. Adapters are read and copied among them (`backend.load_turns`). Rounds that were finished are kept in a folder, so that a
 measurement that was killed goes on with the round it was in.
 """
 
@@ -22,9 +23,10 @@ from tqdm import tqdm
 from backend.base import StepBatch, StepTiming
 from backend.compositions import again
 from backend.errors import BackendError
+from backend.load_turns import LoadTurns, Move
 
 DECODE_TURNS = 4
-"""How often a round executes each composition that has no prompt."""
+"""How often a round executes each composition that has no prompt, on end."""
 
 
 class Executes(Protocol):
@@ -66,8 +68,13 @@ class Rounds:
         """A finished round, a row a step: `composition` (its number), `device_s`, `host_s`; None if it was not finished."""
         return pd.read_parquet(self._file(number)) if self._file(number).is_file() else None
 
-    def keep(self, number: int, timings: pd.DataFrame) -> None:
+    def loads(self, number: int) -> pd.DataFrame:
+        """What `LoadTurns` moved in a finished round: columns `kind, rank, nbytes, elapsed_s`."""
+        return pd.read_parquet(self.folder / f"loads-{number}.parquet")
+
+    def keep(self, number: int, timings: pd.DataFrame, moves: list[Move]) -> None:
         """Write a finished round; it appears whole."""
+        pd.DataFrame(moves, columns=Move._fields).to_parquet(self.folder / f"loads-{number}.parquet", index=False)
         part = self._file(number).with_suffix(".part")
         timings.to_parquet(part, index=False)
         part.rename(self._file(number))
@@ -84,12 +91,13 @@ def measure_rounds(
     *,
     rounds: Rounds,
     between: Callable[[], None] = lambda: None,
+    loads: LoadTurns | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Seconds of each batch over `count` rounds: the median `device_s`, the mean `host_s`, their sum `elapsed_s`, and
     `p10_s, p90_s` of the whole step. The host's times have a tail, and a run is as long as all of them together.
 
-    What is not yet in `rounds` is executed, with `between` before every step, after a first pass over all batches that are
+    What is not yet in `rounds` is executed, with `between` before every step and `loads` at even distances, after a first pass over all batches that are
     new, which is not timed (graphs are captured, kernels compiled).
     """
     missing = [number for number in range(count) if rounds.done(number) is None]
@@ -99,7 +107,8 @@ def measure_rounds(
                 backend.execute(batch)
     for number in missing:
         rng = np.random.default_rng((seed, number))
-        rounds.keep(number, _one_round(backend, batches, between, rng, f"round {number + 1} of {count}"))
+        asides = loads.of_round(number) if loads else []
+        rounds.keep(number, *_one_round(backend, batches, between, asides, rng, f"round {number + 1} of {count}"))
     steps = pd.concat([table for number in range(count) if (table := rounds.done(number)) is not None])
     steps["elapsed_s"] = steps["device_s"] + steps["host_s"]
     of = steps.groupby("composition")
@@ -110,18 +119,31 @@ def measure_rounds(
     return seconds.reset_index(drop=True)
 
 
-def _turns(batches: Sequence[StepBatch]) -> list[int]:
-    """The compositions of a round, not yet in its order."""
-    return [i for i, batch in enumerate(batches) for _ in range(DECODE_TURNS if max(batch.query_lens) == 1 else 1)]
+def _order(batches: Sequence[StepBatch], rng: np.random.Generator) -> list[int]:
+    """The compositions of a round."""
+    return [
+        i
+        for i in rng.permutation(len(batches)).tolist()
+        for _ in range(DECODE_TURNS if max(batches[i].query_lens) == 1 else 1)
+    ]
 
 
 def _one_round(
-    backend: Executes, batches: Sequence[StepBatch], between: Callable[[], None], rng: np.random.Generator, name: str
-) -> pd.DataFrame:
+    backend: Executes,
+    batches: Sequence[StepBatch],
+    between: Callable[[], None],
+    asides: Sequence[Callable[[], list[Move]]],
+    rng: np.random.Generator,
+    name: str,
+) -> tuple[pd.DataFrame, list[Move]]:
     rows: list[tuple[int, float, float]] = []
-    for i in tqdm(rng.permutation(_turns(batches)).tolist(), desc=name, disable=not sys.stderr.isatty(), unit="step"):
+    moves: list[Move] = []
+    order, left = _order(batches, rng), list(asides)
+    for at, i in enumerate(tqdm(order, desc=name, disable=not sys.stderr.isatty(), unit="step")):
+        while left and (len(asides) - len(left)) * len(order) <= at * len(asides):
+            moves += left.pop(0)()
         backend.hold_tables(batches[i])
         between()
         timing = backend.execute(again(batches[i]))
         rows.append((i, timing.device_s, timing.host_s))
-    return pd.DataFrame(rows, columns=["composition", "device_s", "host_s"])
+    return pd.DataFrame(rows, columns=["composition", "device_s", "host_s"]), moves

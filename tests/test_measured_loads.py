@@ -1,14 +1,19 @@
-"""Loads are measured as a run has them."""
+"""Loads are measured as a run has them: each adapter read, then copied, far apart among the steps of all rounds."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, cast
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from backend.base import AdapterShape, EngineLimits, LoadTiming, StepBatch, StepTiming
-from backend.compositions import Room
-from backend.live import LiveBackend
-from backend.measure import RANKS, READS, STEPS_BETWEEN, measure_loads
+from backend.base import AdapterShape, LoadTiming, StepBatch, StepTiming
+from backend.load_turns import TURNS, LoadTurns
+from backend.rounds import Rounds, measure_rounds
+
+BATCHES = [StepBatch((2,) * n, (5,) * n, (-1,) * n, (True,) * n, ((0,),) * n) for n in range(1, 41)]
+SHAPES = [AdapterShape(100 * rank + i, rank, ("q_proj",)) for rank in (8, 64) for i in range(2)]
+ROUNDS = 3
 
 
 class Recorded:
@@ -25,29 +30,78 @@ class Recorded:
         return LoadTiming(self._next("stage", adapter), adapter.rank)
 
     def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
-        return LoadTiming(self._next("load", adapter), adapter.rank)
+        return LoadTiming(self._next("load", (adapter, slot)), adapter.rank)
 
     def drop(self, adapter_id: int) -> None:
         self.asked.append(("drop", adapter_id))
 
+    def hold_tables(self, batch: StepBatch) -> None:
+        pass
+
+    def is_new(self, batch: StepBatch) -> bool:
+        return False
+
     def execute(self, batch: StepBatch) -> StepTiming:
-        return StepTiming(self._next("step", batch.context_lens[0]), 0.0)
+        return StepTiming(self._next("step", len(batch.query_lens)), 0.0)
 
 
-def test_an_adapter_is_read_then_copied_and_steps_run_before() -> None:
-    backend, repeats = Recorded(), 2
-    room = Room(EngineLimits(4, 64, 8, 512, 1024, 16, 0.9), 200, {})
-    table = measure_loads(cast("LiveBackend", backend), room, repeats)
-    kinds = [kind for kind, _ in backend.asked]
-    for at, (kind, what) in enumerate(backend.asked):
-        if kind == "load":
-            assert backend.asked[at - 1] == ("stage", what), "a copy follows its own read"
-            assert kinds[at - 1 - STEPS_BETWEEN : at - 1] == ["step"] * STEPS_BETWEEN
-    adapters = {what.adapter_id for kind, what in backend.asked if kind == "stage"}
-    assert len(adapters) == len(RANKS) * (repeats + 1)
-    last = Counter(what for kind, what in backend.asked if kind == "drop")
-    assert last == dict.fromkeys(adapters, READS), "what is read again was dropped before, and nothing is left"
-    each = READS * (repeats + 1) - 1  # the first of a rank is not timed once
-    assert Counter(zip(table["kind"], table["rank"], strict=True)) == {
-        (kind, rank): each for kind in ("stage", "load") for rank in RANKS
+def measured(backend: Recorded, rounds: Rounds, count: int = ROUNDS) -> LoadTurns:
+    turns = LoadTurns(backend, SHAPES, {8: 0, 64: 5})
+    measure_rounds(backend, BATCHES, count, rounds=rounds, loads=turns)
+    return turns
+
+
+def test_an_adapter_is_read_then_copied_into_a_slot_of_its_rank(tmp_path: Path) -> None:
+    backend, rounds = Recorded(), Rounds(tmp_path / "part", {})
+    measured(backend, rounds)
+    moves = [(kind, what) for kind, what in backend.asked if kind in ("stage", "load")]
+    for (kind, what), (after, then) in zip(moves[::2], moves[1::2], strict=True):
+        assert (kind, after) == ("stage", "load") and then == (what, {8: 0, 64: 5}[what.rank])
+    assert Counter(what.adapter_id for kind, what in moves if kind == "stage") == {
+        shape.adapter_id: TURNS * ROUNDS for shape in SHAPES
     }
+
+
+def test_reads_lie_among_the_steps_of_every_round(tmp_path: Path) -> None:
+    backend = Recorded()
+    measured(backend, Rounds(tmp_path / "part", {}))
+    steps, before = 0, []
+    for kind, _ in backend.asked:
+        steps += kind == "step"
+        if kind == "stage":
+            before.append(steps)
+    assert steps == ROUNDS * len(BATCHES)
+    assert {b - a for a, b in pairwise(before)} == {len(BATCHES) // (TURNS * len(SHAPES))}
+
+
+def test_what_is_read_again_was_dropped_and_nothing_is_left(tmp_path: Path) -> None:
+    backend = Recorded()
+    measured(backend, Rounds(tmp_path / "part", {})).close()
+    held: set[int] = set()
+    for kind, what in backend.asked:
+        if kind == "stage":
+            assert what.adapter_id not in held
+            held.add(what.adapter_id)
+        elif kind == "drop":
+            held.remove(what)
+    assert not held
+
+
+def test_all_but_the_first_read_of_a_rank_are_kept_with_their_round(tmp_path: Path) -> None:
+    backend, rounds = Recorded(), Rounds(tmp_path / "part", {})
+    measured(backend, rounds)
+    each = [rounds.loads(number) for number in range(ROUNDS)]
+    assert [len(table) for table in each] == [2 * (8 - 2), 2 * 8, 2 * 8]
+    staged = [1e-3 * (i + 1) for i, (kind, _) in enumerate(backend.asked) if kind == "stage"]
+    found = [t for table in each for t in table.loc[table["kind"] == "stage", "elapsed_s"]]
+    assert found == [t for t in staged if t in found] and len(found) == len(staged) - 2
+
+
+def test_a_killed_measurement_reads_only_in_the_rounds_that_are_left(tmp_path: Path) -> None:
+    rounds = Rounds(tmp_path / "part", {})
+    measured(Recorded(), rounds, 1)
+    first, later = rounds.loads(0), Recorded()
+    measured(later, rounds)
+    assert rounds.loads(0).equals(first)
+    assert sum(kind == "stage" for kind, _ in later.asked) == 2 * TURNS * len(SHAPES)
+    assert len(rounds.loads(1)) == 2 * (8 - 2), "another process: the first read of a rank is again not timed"
