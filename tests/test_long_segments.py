@@ -7,7 +7,8 @@ import torch
 
 from backend.errors import BackendError
 from backend.sgmv import Segments, SlotBank, SlotLayout, cuda_kernels
-from backend.sgmv.cuda_kernels import ROW_BYTES, _stages
+from backend.sgmv.arguments import columns
+from backend.sgmv.cuda_kernels import ROW_BYTES, RUNS, WHOLE_PIECES, _long_run, _stages
 from backend.sgmv.nvrtc import Kernels
 
 H100_BYTES, SMALL_BYTES = 227 * 1024, 99 * 1024
@@ -29,6 +30,18 @@ def test_too_little_shared_memory_is_said() -> None:
         _stages("expand_long", 64 + 128, 2 * 32768, 2, Kernels({}, {"expand_long": SMALL_BYTES}, 84))
 
 
+@pytest.mark.parametrize("tokens", [512, 1024, 1536, 2048, 4096, 8192])
+@pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336,)])
+def test_no_block_has_much_more_than_another(tokens: int, widths: tuple[int, ...]) -> None:
+    """On an H100 with two blocks on each of its multiprocessors: the largest share is at most 1.7 of the mean, or two blocks of 128 columns."""
+    blocks, tiles = 264, tokens // 64
+    run, cost = _long_run(tiles, widths, blocks, RUNS)
+    largest = -(-tiles * sum(columns(widths, 128 * run)[2]) // blocks) * run
+    assert largest <= max(2, 1.7 * tiles * sum(widths) / 128 / blocks)
+    assert cost >= largest + cuda_kernels.FETCH
+    assert _long_run(tiles, widths, blocks, WHOLE_PIECES)[1] >= cost
+
+
 def test_only_small_ranks_are_shrunk_on_the_way_and_only_by_whole_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernels, "kernels", lambda _: H100)
     linears = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4096, 4096))
@@ -43,3 +56,4 @@ def test_only_small_ranks_are_shrunk_on_the_way_and_only_by_whole_pieces(monkeyp
             ahead[rank, rows] = cuda_kernels.shrinks_ahead(gate_up, segments, torch.bfloat16)
     # Of 1 536 rows pieces are 336 for 264 blocks; of 2 048 they are 448, and one block is to take two instead of 1.7.
     assert [case for case, done in ahead.items() if done] == [(16, 2048)] and len(ahead) == 6
+    assert all(128 * run % cuda_kernels.PIECE == 0 for run in WHOLE_PIECES)
