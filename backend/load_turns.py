@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from backend.base import AdapterShape, LoadTiming
+from backend.base import AdapterShape, Backend
 
 TURNS = 2
 """How often a round reads each adapter."""
 
-
-class Loads(Protocol):
-    """The part of a live backend that moves adapters."""
-
-    def stage(self, adapter: AdapterShape) -> LoadTiming:
-        """Read an adapter from disk into host memory."""
-        ...
-
-    def load(self, adapter: AdapterShape, slot: int) -> LoadTiming:
-        """Copy an adapter in host memory into a slot."""
-        ...
-
-    def drop(self, adapter_id: int) -> None:
-        """Forget an adapter in host memory."""
-        ...
+SEED = 20261124
+"""Of the orders in which rounds read them."""
 
 
 class Move(NamedTuple):
@@ -42,25 +29,22 @@ class Move(NamedTuple):
 class LoadTurns:
     """Reads of `shapes`; `slots`: the slot that an adapter of each rank is copied into.
 
-    A read after a read takes longer and a copy after other copies less than with steps between, and how fast a processor is that others
-    share changes from one half minute to the next: so reads lie as far apart as rounds are long. Ranks are mixed, every adapter has host
-    memory of its own, and all but the first reads go into memory that an adapter left, whose turn was long ago: a copy that is
-    repeated on the spot finds its bytes in the processor's caches. The first read of a rank is not timed.
+    How fast a processor is that others share changes from one half minute to the next: so reads lie as far apart as
+    rounds are long, with steps between. Ranks are mixed, every adapter has host memory of its own, and all but the first
+    reads go into memory that an adapter left, whose turn was long ago: a copy that is repeated on the spot finds its bytes
+    in the processor's caches. The first read of a rank is not timed.
     """
 
-    def __init__(
-        self, backend: Loads, shapes: Sequence[AdapterShape], slots: Mapping[int, int], seed: int = 20261124
-    ) -> None:
+    def __init__(self, backend: Backend, shapes: Sequence[AdapterShape], slots: Mapping[int, int]) -> None:
         self.backend = backend
         self.shapes = tuple(shapes)
         self.slots = slots
-        self.seed = seed
         self.held: set[int] = set()
         self.known: set[int] = set()
 
     def of_round(self, number: int) -> list[Callable[[], list[Move]]]:
         """The reads of round `number`, in an order of its own; each is to be called between two of its steps."""
-        rng = np.random.default_rng((self.seed, number))
+        rng = np.random.default_rng((SEED, number))
         order = [self.shapes[i] for _ in range(TURNS) for i in rng.permutation(len(self.shapes)).tolist()]
         return [partial(self._move, shape) for shape in order]
 

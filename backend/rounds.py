@@ -2,9 +2,9 @@
 
 How long a step takes depends on what ran before it: at its power limit a GPU lowers its clock after prompts, and raises it again
 in decodes. So they are mixed in one order without a pause, as an engine's are, and decodes come `DECODE_TURNS` times in each
-round, one after the other: each once, the GPU would be at prompts most of the time, and the host has more to do for a step of another
-CUDA graph than the one before, which an engine's decodes seldom are. Adapters are read and copied among them (`backend.load_turns`). Rounds that were finished are kept in a folder, so that a
-measurement that was killed goes on with the round it was in.
+round, one after the other: each once, the GPU would be at prompts most of the time, and every step of another CUDA graph
+than the one before, which an engine's decodes seldom are. Adapters are read and copied among them (`backend.load_turns`).
+Rounds that were finished are kept in a folder, so that a measurement that was killed goes on with the round it was in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -97,8 +98,8 @@ def measure_rounds(
     """Seconds of each batch over `count` rounds: the median `device_s`, the mean `host_s`, their sum `elapsed_s`, and
     `p10_s, p90_s` of the whole step. The host's times have a tail, and a run is as long as all of them together.
 
-    What is not yet in `rounds` is executed, with `between` before every step and `loads` at even distances, after a first pass over all batches that are
-    new, which is not timed (graphs are captured, kernels compiled).
+    What is not yet in `rounds` is executed, with `between` before every step and `loads` at even distances, after a first
+    pass over all batches that are new, which is not timed (graphs are captured, kernels compiled).
     """
     missing = [number for number in range(count) if rounds.done(number) is None]
     if missing:
@@ -138,10 +139,12 @@ def _one_round(
 ) -> tuple[pd.DataFrame, list[Move]]:
     rows: list[tuple[int, float, float]] = []
     moves: list[Move] = []
-    order, left = _order(batches, rng), list(asides)
+    order, due = _order(batches, rng), defaultdict(list)
+    for k, aside in enumerate(asides):
+        due[k * len(order) // len(asides)].append(aside)
     for at, i in enumerate(tqdm(order, desc=name, disable=not sys.stderr.isatty(), unit="step")):
-        while left and (len(asides) - len(left)) * len(order) <= at * len(asides):
-            moves += left.pop(0)()
+        for aside in due.get(at, ()):
+            moves += aside()
         backend.hold_tables(batches[i])
         between()
         timing = backend.execute(again(batches[i]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from backend.base import AdapterShape, LoadTiming, StepBatch, StepTiming
+from backend.base import AdapterShape, Backend, LoadTiming, StepBatch, StepTiming
 from backend.load_turns import TURNS, LoadTurns
 from backend.rounds import Rounds, measure_rounds
 
@@ -46,7 +46,7 @@ class Recorded:
 
 
 def measured(backend: Recorded, rounds: Rounds, count: int = ROUNDS) -> LoadTurns:
-    turns = LoadTurns(backend, SHAPES, {8: 0, 64: 5})
+    turns = LoadTurns(cast("Backend", backend), SHAPES, {8: 0, 64: 5})
     measure_rounds(backend, BATCHES, count, rounds=rounds, loads=turns)
     return turns
 

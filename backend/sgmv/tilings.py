@@ -1,7 +1,9 @@
 """Which kernels take a batch: chosen from what the host knows, rows, ranks and widths, never from the mix.
 
 Every choice computes the same bits (see `cuda/common.cu`); they differ in speed only. The choices were written from
-`benchmarks/results/sgmv_h100_tilings.csv`, measured by `python -m benchmarks.sgmv --only tune`.
+`benchmarks/results/sgmv_h100_tilings.csv`, measured by `python -m benchmarks.sgmv --only tune`, and from 512 rows on from
+shrinks followed by expands on an H100, by each pair of tilings (that table is not kept): the table has each alone, where an
+expand cannot begin beside its shrink.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-// Long segments: tiles of 64 rows, cut into units of `long_run` times 128 columns, of which all blocks have as many, one after the
-// other. A block's 8 warps take 16 rows and 64 of 128 columns each. A stage of shared memory is 128 columns of y's rows and of B's; `stages` of them are
-// filled ahead, across items. PAIRED: each 128 columns of gate, then those of up.
+// Long segments: tiles of 64 rows, cut into units of `long_run` times 128 columns, of which all blocks have as many, one
+// after the other. A block's 8 warps take 16 rows and 64 of 128 columns each. A stage of shared memory is 128 columns of
+// y's rows and of B's; `stages` of them are filled ahead, across items. PAIRED: each 128 columns of gate, then those of up.
 
 static __device__ __forceinline__ int stage_rows(const Expand& p) { return LONG_ROWS + p.h_rank + (p.ahead ? 16 : 0); }
 
