@@ -70,6 +70,10 @@ def _add_rms_norm(
     tl.store(out_ptr + row * width + column, (value * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+NORM_WARPS, NORM_REGISTERS = 16, 24
+"""Of a norm's program, a row of up to 4 096 columns: so few that it is resident before the base product ahead of it has ended."""
+
+
 def add_rms_norm(
     x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float
 ) -> None:
@@ -77,8 +81,19 @@ def add_rms_norm(
     width = residual.shape[1]
     source = residual if x is None else x
     block = triton.next_power_of_2(width)
+    few = {"maxnreg": NORM_REGISTERS} if block <= 256 * NORM_WARPS else {}
     _add_rms_norm[(residual.shape[0],)](
-        source, residual, weight, out, width, eps, has_x=x is not None, BLOCK=block, num_warps=8, **overlap()
+        source,
+        residual,
+        weight,
+        out,
+        width,
+        eps,
+        has_x=x is not None,
+        BLOCK=block,
+        num_warps=NORM_WARPS,
+        **few,
+        **overlap(),
     )
 
 

@@ -13,7 +13,7 @@ from backend.sgmv.nvrtc import Kernels
 
 ROOM = 227 * 1024
 WIDE = {f"linear_wide_{rows}_{groups}": ROOM - 4096 for rows in (64, 128) for groups in (1, 2)}
-FEW = {f"linear_{kind}{rows}": ROOM - 1024 for kind in ("", "gated_") for rows in (8, 16, 32)}
+FEW = {f"linear_{kind}{rows}": ROOM - 2048 for kind in ("", "gated_") for rows in (8, 16, 32)}
 HOPPER = Kernels({}, {**FEW, **WIDE}, 132)
 AMPERE = Kernels({}, dict.fromkeys(FEW, 163 * 1024), 108)
 LINEARS = {
@@ -26,7 +26,7 @@ LINEARS = {
 
 @pytest.mark.parametrize("name", LINEARS)
 @pytest.mark.parametrize("rank", [0, 16, 64])
-@pytest.mark.parametrize("rows", [1, 8, 9, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 32, 33, 64, 65, 128])
 def test_a_launch_fits_its_processor(name: str, rank: int, rows: int) -> None:
     slices, width = LINEARS[name]
     few = rows <= 32
@@ -37,6 +37,7 @@ def test_a_launch_fits_its_processor(name: str, rank: int, rows: int) -> None:
     assert plan.shared_bytes <= HOPPER.rooms[plan.name]
     assert rows <= int(plan.name.split("_")[1 if few else 2])  # the rows that the kernel is made for
     assert few or 3 <= plan.depth <= base_linear.RING_MOST
+    assert plan.ring == 0 if not few or not rank else base_linear.FEWEST_PLACES <= plan.ring <= base_linear.MOST_PLACES
     assert plan.grid % plan.cluster == 0
     tiles = -(-sum(slices) // plan.columns)
     assert plan.grid == tiles * plan.cluster if plan.cluster > 1 else plan.grid <= min(tiles, HOPPER.processors)
@@ -50,6 +51,14 @@ def test_gate_and_up_of_few_rows_are_one_launch_with_swiglu(rank: int, rows: int
     assert rows <= int(plan.name.split("_")[2])
     assert base_linear._gated(rows, 14340, rank, HOPPER) is None, "gate and up must be cut alike"
     assert base_linear._gated(33, 14336, rank, HOPPER) is None
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_few_rows_leave_room_for_the_norm_behind_them(rank: int, rows: int) -> None:
+    plans = base_linear._few(rows, (4096,), rank, HOPPER), base_linear._gated(rows, 14336, rank, HOPPER)
+    for plan in plans:
+        assert plan is not None and plan.shared_bytes + base_linear.NORM_BYTES <= HOPPER.rooms[plan.name]
 
 
 def test_slices_that_do_not_end_with_a_tile_are_left_to_others() -> None:

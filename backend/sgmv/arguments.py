@@ -43,7 +43,7 @@ ExpandArgs = _struct(
 ExchangeArgs = _struct("ExchangeArgs", "ptr cells turn; long size")
 LinearArgs = _struct(
     "LinearArgs",
-    "ptr x w y row_slots; long x_stride y_stride; int rows in_features out_features eights;"
+    "ptr x w y row_slots; long x_stride y_stride; int rows in_features out_features eights ring;"
     "ExpandArgs lora; ShrinkArgs shrink; ExchangeArgs exchange",
 )
 WideArgs = _struct(

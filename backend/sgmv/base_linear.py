@@ -16,7 +16,7 @@ import torch
 from backend.sgmv.arguments import LinearArgs, TensorMap, WideArgs, columns, exchange_args, expand_args, shrink_args
 from backend.sgmv.cuda_kernels import shrink
 from backend.sgmv.nvrtc import Kernels, checked, kernels
-from backend.sgmv.segments import PIECE, Segments, padded_rank
+from backend.sgmv.segments import PIECE, SHARED_RANK, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
 
 Lora = tuple[SlotBank, FusedLinear, Segments]
@@ -27,6 +27,15 @@ BOX = 64
 
 MAKERS, HELPERS, WIDE_THREADS = 256, 256, 416
 """Threads that multiply and that add LoRA's part in `linear_*`, and all of `linear_wide_*`; fixed in `cuda/`."""
+
+MOST_PLACES, FEWEST_PLACES = 6, 2
+"""Places of a ring of B, of which all but one are on their way; at most 7, fixed in `cuda/common.cu`."""
+
+SHARE_BYTES = 2 * 8 * 8 * 20 * 4
+"""Shared memory in which a block of `linear_*` adds up its share of the shrink."""
+
+NORM_BYTES = 4096
+"""Shared memory left for a block of the norm that follows, which then is there when the base product ends."""
 
 RING_MOST = 24
 """Stages of a ring at most; fixed in `cuda/linear_wide.cu`."""
@@ -43,7 +52,10 @@ BUSY = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is launched; `columns`: of y that a block takes at a time, `depth`: stages of its ring, if it asks."""
+    """How a kernel is launched; `columns`: of y that a block takes at a time.
+
+    `depth`: stages of the ring through which `linear_wide_*` has w and x, `ring`: places of those through which `linear_*` has B.
+    """
 
     name: str
     grid: int
@@ -52,6 +64,20 @@ class Launch:
     columns: int
     cluster: int = 1
     depth: int = 0
+    ring: int = 0
+
+
+def _with_ring(name: str, grid: int, shared: int, columns: int, width: int, rank: int, run: Kernels) -> Launch | None:
+    """The launch of a kernel that needs `shared` bytes, and with LoRA (`rank`) rings of B, `width` columns at a time, beside."""
+    if not rank:
+        return Launch(name, grid, MAKERS, shared, columns) if shared <= run.rooms[name] else None
+    place = HELPERS // 32 * 16 * width * 2
+    shared += SHARE_BYTES if name.endswith("32") and rank <= SHARED_RANK else 0
+    for left in (NORM_BYTES, 0):
+        ring = min(MOST_PLACES, (run.rooms[name] - left - shared) // place)
+        if ring >= FEWEST_PLACES:
+            return Launch(name, grid, MAKERS + HELPERS, shared + ring * place, columns, ring=ring)
+    return None
 
 
 def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch | None:
@@ -63,9 +89,9 @@ def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch 
         if rank:
             shared += 4 * most * (2 * width + rank + 4) + 2 * most * width * 2
         whole = not rank or not any(w % width for w in slices)
-        if rows <= most and whole and shared <= run.rooms[f"linear_{most}"]:
+        if rows <= most and whole:
             grid = min(-(-sum(slices) // width), run.processors)
-            return Launch(f"linear_{most}", grid, MAKERS + HELPERS if rank else MAKERS, shared, width)
+            return _with_ring(f"linear_{most}", grid, shared, width, width, rank, run)
     return None
 
 
@@ -76,9 +102,8 @@ def _gated(rows: int, half: int, rank: int, run: Kernels) -> Launch | None:
         shared = 8 * depth * (32 + most) * 128 + 8 * most * 36 * 4
         if rank:
             shared += 4 * most * 2 * (32 + rank + 4) + 2 * most * 32 * 2
-        name = f"linear_gated_{most}"
-        if rows <= most and half % 16 == 0 and shared <= run.rooms[name]:
-            return Launch(name, min(half // 16, run.processors), MAKERS + HELPERS if rank else MAKERS, shared, 16)
+        if rows <= most and half % 16 == 0:
+            return _with_ring(f"linear_gated_{most}", min(half // 16, run.processors), shared, 16, 32, rank, run)
     return None
 
 
@@ -165,7 +190,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora 
 
 def _launch_few(plan: Launch, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, lora: Lora | None) -> None:
     args = LinearArgs(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, x.stride(0), out.stride(0), *x.shape, len(weight), 0
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), None, x.stride(0), out.stride(0), *x.shape, len(weight), 0,
+        plan.ring,
     )  # fmt: skip
     _launch(plan, args, x, out, lora)
 

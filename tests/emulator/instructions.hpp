@@ -91,6 +91,18 @@ inline float exp2_of(float x) { return exp2f(x); }
 inline float inverse(float x) { return 1.f / x; }
 inline float arithmetic(float f) { return f == f ? f : __uint_as_float(0x7fffffff); }  // its NaN
 
+inline uint4 load_transposed(const u16* eight) {
+    struct { const u16* eight; u32 out[4]; } mine{eight};
+    in_warp(mine, [](auto** all) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++) {
+                const int row = i * 8 + lane % 4 * 2, column = lane / 4;
+                all[lane]->out[i] = all[row]->eight[column] | (u32)all[row + 1]->eight[column] << 16;
+            }
+    });
+    return {mine.out[0], mine.out[1], mine.out[2], mine.out[3]};
+}
+
 inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     struct { float* c; u32 a[4], b[2]; } mine{c, {a0, a1, a2, a3}, {b0, b1}};
     in_warp(mine, [](auto** all) {

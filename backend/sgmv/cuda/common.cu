@@ -68,6 +68,14 @@ static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Of sixteen rows of sixteen columns, each lane the address of eight columns: mma's operand whose rows are the columns.
+static __device__ __forceinline__ uint4 load_transposed(const u16* eight) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"((u32)__cvta_generic_to_shared(eight)) : "memory");
+    return v;
+}
+
 static __device__ __forceinline__ u32 pack(float low, float high) {
     u32 r;
     asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

@@ -6,7 +6,8 @@ struct Linear {
     u16* y;
     const int* row_slots;  // null: no row has an adapter
     long long x_stride, y_stride;
-    int rows, in_features, out_features, eights;  // eights: rows of a tile of `lora`, by eight
+    int rows, in_features, out_features;
+    int eights, ring;  // rows of a tile of `lora`, by eight; places of a ring of `few_deltas`
     Expand lora;
     Shrink shrink;
     Exchange exchange;
@@ -48,107 +49,93 @@ static __device__ __forceinline__ float4 gated(const float4& gate, const float4&
                        swiglu(rounded(gate.z), rounded(up.z)), swiglu(rounded(gate.w), rounded(up.w)));
 }
 
-// A share of the shrink, unless it comes before; then B h for each tile of `linear`, added to the products that it hands over. A lane
-// has 2 * MT columns next to each other, or two of each slice if GATED; of two, the first is a row of mma's upper eight and the
-// second of its lower. UNITS times sixteen ranks of B are on their way at once.
+// Where chunk `chunk` of eight columns of a rank lies among sixteen ranks of C columns of B: so that eight ranks of one chunk meet no
+// bank twice.
+template <int C>
+static __device__ __forceinline__ int placed(int rank, int chunk) {
+    return rank * C + (chunk ^ (C == 32 ? rank >> 1 & 3 : rank >> 2 & 1)) * 8;
+}
+
+// A share of the shrink, unless it comes before; then B h for each tile of `linear`, added to the products that it hands over.
+// Warps take items in turn; B comes through rings of their own, sixteen ranks of a tile's columns at a time, of each slice half if
+// GATED.
 template <int MT, int NT, bool GATED>
 static __device__ __forceinline__ void few_deltas(const Linear& p, Adapted<8 * NT, FEW_HELPERS>& adapted, float* deltas,
                                                   const uint2* products, int tiles, int thread) {
-    constexpr int C = 16 * MT, ROWS = 8 * NT, UNITS = 8 / MT, HELPERS = FEW_HELPERS, WARPS = HELPERS / 32;
-    constexpr int MINE = GATED ? 2 : 2 * MT, TILE = GATED ? 16 : C;
+    constexpr int C = 16 * MT, ROWS = 8 * NT, HELPERS = FEW_HELPERS, WARPS = HELPERS / 32;
+    constexpr int TILE = GATED ? 16 : C, CHUNKS = C / 8;
     const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, q = lane & 3;
     constexpr bool SHARED = NT > 2;  // with fewer rows a kernel before has shrunk
-    __shared__ float partial[SHARED ? 2 : 1][RUNS][8 * 20];
     ShrinkShare<HELPERS> share;
     const int2 header = adapted.load(p.lora, p.row_slots, p.rows, thread, 0, 1);
-    const int items = header.x * p.eights;
+    const int items = header.x * p.eights, h_row = p.lora.h_rank + 4;
     const bool shares = SHARED && p.exchange.size > 0;
     if (shares) share.begin(p.shrink, header, adapted.found, adapted.rows, thread);
     for (int i = thread; i < 2 * ROWS * C; i += HELPERS) deltas[i] = NO_DELTA;
     adapted.sort(p.lora, header.x, p.eights, thread, 1, 0, 1);
+    u32* h = (u32*)(deltas + 2 * ROWS * C);
+    u16* rings = (u16*)(h + (GATED ? 2 : 1) * ROWS * h_row);
+    u16* ring = rings + warp * p.ring * 16 * C;
+    Item now, ahead;
+    int ahead_tile = blockIdx.x, filled_place = 0, used_place = 0;
+    ahead.seek(adapted.tiles, items, p.eights, warp, WARPS);
+    auto fetch = [&]() {
+        if (ahead.valid && ahead_tile < tiles) {
+            const int first = ahead_tile * TILE, slice = GATED ? 0 : slice_of(p.lora, first), width = p.lora.width[slice];
+            const int chunk = lane % CHUNKS, column = first - p.lora.begin[slice] + (GATED ? chunk & 1 : chunk) * 8;
+            const long long unit = p.lora.b_unit[GATED ? chunk >> 1 : slice];
+            const u16* from = p.lora.weights + ahead.tile.x * p.lora.slot_stride + ahead.tile.w * unit + column;
+#pragma unroll
+            for (int r = lane / CHUNKS; r < 16; r += 32 / CHUNKS)
+                copy_async(ring + filled_place * 16 * C + placed<C>(r, chunk), from + (long long)(ahead.block * 16 + r) * width,
+                           ahead.block * 16 + r < ahead.tile.w);
+            filled_place = filled_place + 1 == p.ring ? 0 : filled_place + 1;
+            if (++ahead.block * 16 >= ahead.tile.w) ahead.seek(adapted.tiles, items, p.eights, ahead.index + WARPS, WARPS);
+            if (!ahead.valid) ahead_tile += gridDim.x, ahead.seek(adapted.tiles, items, p.eights, warp, WARPS);
+        }
+        commit_copies();
+    };
+    for (int i = 0; i < p.ring - 1; i++) fetch();
+    wait_for_previous();
     const float* filled = p.lora.h;
     if (shares) {
-        wait_for_previous();
-        filled = share.finish(p.shrink, p.exchange, partial, thread);
+        filled = share.finish(p.shrink, p.exchange, (float(*)[RUNS][8 * 20])(rings + WARPS * p.ring * 16 * C), thread);
         if (heavy(p.shrink)) arrive_at(SHARED_OUT);
     }
-    u32* h = (u32*)(deltas + 2 * ROWS * C);
-    Item now, ahead;
-    u32 b[UNITS][4][MT];
     int gathered = -1, number = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, number++) {
-        const int first = tile * TILE, slice = GATED ? 0 : slice_of(p.lora, first);
-        const int column = first - p.lora.begin[slice] + MINE * g;
-        const int width = p.lora.width[slice];
-        auto fetch = [&]() {
-#pragma unroll
-            for (int u = 0; u < UNITS; u++) {
-                if (!ahead.valid) return;
-                const int r0 = ahead.block * 16 + 2 * q;
-                const u16* adapter = p.lora.weights + ahead.tile.x * p.lora.slot_stride;
-                const u16* from = adapter + ahead.tile.w * p.lora.b_unit[slice] + (long long)r0 * width + column;
-                const long long across = GATED ? ahead.tile.w * (p.lora.b_unit[1] - p.lora.b_unit[0]) : 0;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int r = (i & 1) + (i >> 1) * 8;
-                    const u16* at = from + (long long)r * width;
-                    const bool inside = r0 + r < ahead.tile.w;
-                    if (GATED) {
-                        b[u][i][0] = inside ? __ldg((const u32*)at) : 0;
-                        b[u][i][MT - 1] = inside ? __ldg((const u32*)(at + across)) : 0;
-                    } else if (MT == 2) {
-                        const uint2 v = inside ? __ldg((const uint2*)at) : make_uint2(0, 0);
-                        b[u][i][0] = v.x, b[u][i][MT - 1] = v.y;
-                    } else {
-                        b[u][i][0] = inside ? __ldg((const u32*)at) : 0;
-                    }
-                }
-                if (++ahead.block * 16 >= ahead.tile.w) ahead.seek(adapted.tiles, items, p.eights, ahead.index + WARPS, WARPS);
-            }
-        };
-        now.seek(adapted.tiles, items, p.eights, warp, WARPS);
-        ahead = now;
-        fetch();
-        if (gathered < 0) wait_for_previous();
+        const int slice = GATED ? 0 : slice_of(p.lora, tile * TILE);
         if (gathered >= 0 && gathered != slice) meet<3>(HELPERS);
         if (gathered != slice) adapted.gather(p.lora, filled, header.y, h, p.rows, slice, thread);
-        if (GATED && gathered < 0) adapted.gather(p.lora, filled, header.y, h + ROWS * (p.lora.h_rank + 4), p.rows, 1, thread);
+        if (GATED && gathered < 0) adapted.gather(p.lora, filled, header.y, h + ROWS * h_row, p.rows, 1, thread);
         gathered = slice;
-        float* mine = deltas + (number & 1) * ROWS * C + MINE * g;
+        float* mine = deltas + (number & 1) * ROWS * C + g;
         float d[MT][4];
-        while (now.valid) {
-#pragma unroll
-            for (int u = 0; u < UNITS; u++) {
-                if (!now.valid) break;
-                if (now.block == 0)
-#pragma unroll
-                    for (int i = 0; i < MT * 4; i++) d[i >> 2][i & 3] = 0.f;
-                uint4 f = now.fragment(h, p.lora.h_rank, g, q);
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    if (GATED && m == 1) f = now.fragment(h + ROWS * (p.lora.h_rank + 4), p.lora.h_rank, g, q);
-                    const u32 a0 = __byte_perm(b[u][0][m], b[u][1][m], 0x5410), a1 = __byte_perm(b[u][0][m], b[u][1][m], 0x7632);
-                    const u32 a2 = __byte_perm(b[u][2][m], b[u][3][m], 0x5410), a3 = __byte_perm(b[u][2][m], b[u][3][m], 0x7632);
-                    mma(d[m], a0, a1, a2, a3, f.x, f.y);
-                    mma(d[m], a0, a1, a2, a3, f.z, f.w);
-                }
-                if (++now.block * 16 < now.tile.w) continue;
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int token = now.first + 2 * q + i;
-                    if (token >= now.tile.z) continue;
-                    float* to = mine + adapted.rows[now.tile.y + token] * C;
-                    if (GATED) {
-                        *(float2*)to = make_float2(d[0][i], d[0][2 + i]);
-                        *(float2*)(to + 16) = make_float2(d[MT - 1][i], d[MT - 1][2 + i]);
-                    } else if (MT == 2)
-                        *(float4*)to = make_float4(d[0][i], d[0][2 + i], d[MT - 1][i], d[MT - 1][2 + i]);
-                    else
-                        *(float2*)to = make_float2(d[0][i], d[0][2 + i]);
-                }
-                now.seek(adapted.tiles, items, p.eights, now.index + WARPS, WARPS);
-            }
+        for (now.seek(adapted.tiles, items, p.eights, warp, WARPS); now.valid;) {
             fetch();
+            wait_for_copies_but(p.ring - 1);
+            __syncwarp();
+            const u16* b = ring + used_place * 16 * C;
+            used_place = used_place + 1 == p.ring ? 0 : used_place + 1;
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                if (now.block == 0) d[m][0] = d[m][1] = d[m][2] = d[m][3] = 0.f;
+                const uint4 a = load_transposed(b + placed<C>((lane >> 4) * 8 + (lane & 7), 2 * m + (lane >> 3 & 1)));
+                const uint4 f = now.fragment(h + (GATED ? m * ROWS * h_row : 0), p.lora.h_rank, g, q);
+                mma(d[m], a.x, a.y, a.z, a.w, f.x, f.y);
+                mma(d[m], a.x, a.y, a.z, a.w, f.z, f.w);
+            }
+            __syncwarp();
+            if (++now.block * 16 < now.tile.w) continue;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int token = now.first + 2 * q + i;
+                if (token >= now.tile.z) continue;
+                float* to = mine + adapted.rows[now.tile.y + token] * C;
+#pragma unroll
+                for (int m = 0; m < MT; m++) to[m * 16] = d[m][i], to[m * 16 + 8] = d[m][2 + i];
+            }
+            now.seek(adapted.tiles, items, p.eights, now.index + WARPS, WARPS);
         }
         meet<3>(HELPERS);
         wait_at(FULL + (number & 1));
