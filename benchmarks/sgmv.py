@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,11 @@ import pandas as pd
 from backend.errors import BackendError
 from benchmarks import sgmv_plot
 from benchmarks.outputs import csv_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.sgmv_cells import Workbench
 
 COLUMNS = "impl,layer,T,distribution,n_adapters,rank,median_us,min_us,floor_us,base_gemm_us,rel_err".split(",")
 KEYS = ["layer", "T", "distribution", "n_adapters", "rank"]
@@ -149,8 +154,34 @@ def measure(parts: list[str], out: Path) -> None:
     out.with_suffix(".json").write_text(json.dumps(describe(), indent=1) + "\n")
 
 
+def _feed_forward(bench: Workbench, weight: torch.Tensor) -> torch.Tensor:
+    """Gate and up of the bench's cell with SwiGLU, then down, as a decoder's layer has them."""
+    import torch
+
+    from backend import ops_triton
+    from backend.geometry import load_geometry
+    from backend.linears import gated_with_lora, linear_with_lora
+    from backend.sgmv import Segments, SlotBank, SlotLayout
+
+    cell, x = bench.cell, bench.x
+    layout = SlotLayout.of(load_geometry("llama-3.1-8b").linears(), 1)
+    bank = SlotBank(layout, cell.adapters, cell.rank, dtype=x.dtype, device=x.device)
+    bank.ranks.fill_(cell.rank)
+    bank.weights.normal_(0, 0.02)
+    segments = Segments.allocate(cell.rows, bank).of(bench.row_slots[0], bank)
+    gate_up, down = layout.layers[0]["gate_up"], layout.layers[0]["down"]
+    activated = x.new_zeros(cell.rows, down.in_features)
+    shrunk = gated_with_lora(
+        x, weight, torch.zeros_like(bench.y), activated, bank, gate_up, segments, ops_triton, kernels=True, after=down
+    )
+    down_weight = torch.randn(down.out_features[0], down.in_features, dtype=x.dtype, device=x.device)
+    out = x.new_zeros(cell.rows, down.out_features[0])
+    linear_with_lora(activated, down_weight, out, None, bank, down, segments, kernels=True, shrunk=shrunk)
+    return out
+
+
 def run_once(text: str) -> None:
-    """Run one cell's kernels once: its LoRA part alone, and with the base product."""
+    """Run one cell's kernels once: its LoRA part alone, with the base product, and gate and up with SwiGLU and down behind them."""
     import torch
 
     from backend.linears import linear_with_lora
@@ -170,8 +201,11 @@ def run_once(text: str) -> None:
     weight = torch.randn(sum(linear.out_features), linear.in_features, dtype=torch.bfloat16, device="cuda")
     out = torch.zeros_like(bench.y)
     linear_with_lora(bench.x, weight, out, None, bench.bank, linear, segments, kernels=True)
+    finite = bool(out.isfinite().all())
+    if layer == "gate_up":
+        finite &= bool(_feed_forward(bench, weight).isfinite().all())
     torch.cuda.synchronize()
-    print(f"{text}: relative error {bench.errors()[0]:.2e}, finite {bool(out.isfinite().all())}")
+    print(f"{text}: relative error {bench.errors()[0]:.2e}, finite {finite}")
 
 
 def main(argv: list[str] | None = None) -> int:
