@@ -1,8 +1,9 @@
 """`python -m benchmarks.live_vs_replay`: a scenario executed step by step on the GPU, and replayed from a profile.
 
-Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`); and how far the replay would move if every
-step took 1 % longer, for where requests queue a small error of the steps is a large one of their waiting. `--again FILE` executes
-nothing: it replays beside the live figures of such a file, for a profile that was fitted again.
+Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`); how far the replay would move if every
+step took 1 % longer, for where requests queue a small error of the steps is a large one of their waiting; and between which it lies in
+eight of ten replays whose adapters take, each, one of the times measured instead of their mean (`--draws` of them). `--again FILE`
+executes nothing: it replays beside the live figures of such a file, for a profile that was fitted again.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from backend.base import Backend
 from backend.errors import BackendError
 from backend.measure import describe_device
-from backend.profile import load_profile
+from backend.profile import load_profile, profile_folder
 from backend.replay import ReplayBackend
+from benchmarks.drawn_loads import DrawnLoads
 from sim.deployment import Relief, WhatIf
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -64,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--keep", type=Path, help="keep the run directories in this folder; with --again take live ones from it"
     )
+    flags.add_argument("--draws", type=int, default=20, help="replays with loads drawn at random; 0: none")
     return flags
 
 
@@ -71,22 +77,32 @@ LONGER = 0.01
 """How much longer every step of the third run takes."""
 
 
+Figures = Mapping[str, object]
+"""A run's summary."""
+
+
 def show(
-    name: str, live: Mapping[str, object], replay: Mapping[str, object], longer: Mapping[str, object]
+    name: str, live: Figures, replay: Figures, longer: Figures, drawn: Sequence[Figures]
 ) -> dict[str, dict[str, object]]:
-    """Print live and replay beside each other, and `longer` beside the replay; returns them with their relative differences."""
+    """Print live and replay beside each other, `longer` and `drawn` beside the replay; returns them with their relative differences."""
     rows: dict[str, dict[str, object]] = {}
-    print(f"\n{name}: {live['steps']} steps executed\n{'':22}{'live':>14}{'replay':>14}{'':10}{'steps +1 %':>12}")
+    heads = f"{'live':>14}{'replay':>14}{'':10}{'steps +1 %':>12}{'loads drawn, p10 to p90' if drawn else '':>26}"
+    print(f"\n{name}: {live['steps']} steps executed\n{'':22}{heads}")
     for key in KEYS:
-        rows[key] = {
+        row = rows[key] = {
             "live": live[key],
             "replay": replay[key],
             "difference": _change(live[key], replay[key]),
             "longer_steps": _change(replay[key], longer[key]),
         }
-        changes = (rows[key]["difference"], rows[key]["longer_steps"])
-        told = "".join(" " * n if c is None else f"{c:+{n}.2%}" for c, n in zip(changes, (10, 12), strict=True))
-        print(f"{key:22}{live[key]:14.3f}{replay[key]:14.3f}{told}")
+        changes = [_change(replay[key], run[key]) for run in drawn]
+        known = [change for change in changes if change is not None]
+        edges = [float(edge) for edge in np.quantile(known, (0.1, 0.9))] if known else []
+        row |= dict(zip(("drawn_loads_p10", "drawn_loads_p90"), edges, strict=False))
+        told = [_change(live[key], replay[key]), _change(replay[key], longer[key]), *edges]
+        widths = (10, 12, 16, 10)
+        texts = "".join(" " * n if c is None else f"{c:+{n}.2%}" for c, n in zip(told, widths, strict=False))
+        print(f"{key:22}{live[key]:14.3f}{replay[key]:14.3f}{texts}")
     return rows
 
 
@@ -160,24 +176,37 @@ def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
     return run_scenario(name, backend="profile", profile=args.profile, duration_s=args.duration_s, out=out)
 
 
-def _longer(name: str, args: argparse.Namespace) -> Mapping[str, object]:
-    """The replay, had every step taken `LONGER` more."""
+def _other(name: str, args: argparse.Namespace, changed: Callable[[ReplayBackend], Backend]) -> Figures:
+    """The replay on what `changed` makes of its backend."""
     scenario = load_scenario(name)
     workload = {**scenario.workload, "duration_s": args.duration_s}
     scenario = replace(scenario, backend="profile", profile=args.profile, workload=workload)
     traffic, replayed = traffic_of(scenario, scenario.seed), open_engine(scenario)
     assert isinstance(replayed, ReplayBackend)
-    slower = WhatIf(replayed, Relief(steps=1 + LONGER))
     tables = simulate(
         traffic.requests,
         traffic.catalogue,
         scenario.engine,
-        slower,
+        changed(replayed),
         pinned=traffic.pinned,
         horizon_s=scenario.horizon_s,
         step_rows=False,
     )
     return summarise(tables)
+
+
+def _longer(name: str, args: argparse.Namespace) -> Figures:
+    """The replay, had every step taken `LONGER` more."""
+    return _other(name, args, lambda replayed: WhatIf(replayed, Relief(steps=1 + LONGER)))
+
+
+def _drawn(name: str, args: argparse.Namespace) -> list[Figures]:
+    """Replays with loads drawn at random, `--draws` of them."""
+    file = profile_folder(args.profile) / "loads.parquet"
+    if not args.draws or not file.is_file():
+        return []
+    loads = pd.read_parquet(file)
+    return [_other(name, args, partial(DrawnLoads, loads=loads, seed=seed)) for seed in range(args.draws)]
 
 
 def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -194,7 +223,7 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         wall_s = time.perf_counter() - started
         assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
         replay = _replay(name, args, folder)
-        shown = show(name, live.summary, replay.summary, _longer(name, args))
+        shown = show(name, live.summary, replay.summary, _longer(name, args), _drawn(name, args))
         tables = _tables(live.tables.steps, replay.tables.steps)
         print(pd.DataFrame(tables["by_kind"]).round(3).to_string(index=False))
         report[Path(name).stem] = {"live_wall_s": wall_s, **shown, **tables}
@@ -216,7 +245,7 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
                 tables = _tables(steps, replay.tables.steps)
             else:
                 tables = _tables_again(rows, replay.tables.steps)
-            shown = show(name, live, replay.summary, _longer(name, args))
+            shown = show(name, live, replay.summary, _longer(name, args), _drawn(name, args))
             report[name] = {"live_wall_s": rows["live_wall_s"], **shown, **tables}
     return report
 

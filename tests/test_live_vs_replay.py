@@ -11,9 +11,16 @@ import pandas as pd
 import pytest
 import torch
 
+from backend.base import AdapterShape, EngineLimits
+from backend.geometry import load_geometry
+from backend.profile import load_profile
+from backend.replay import ReplayBackend
 from benchmarks import live_vs_replay
+from benchmarks.drawn_loads import DrawnLoads
 from sim import cli
 from sim.run import run_scenario
+
+LIMITS = EngineLimits(16, 64, 32, 2048, 2048, 16, 0.9)
 
 
 def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
@@ -34,7 +41,7 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
     }
     file, out = tmp_path / "earlier.json", tmp_path / "again.json"
     file.write_text(json.dumps(earlier))
-    argv = ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--again", str(file), "--out", str(out)]
+    argv = ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--again", str(file), "--out", str(out), "--draws", "2"]
     monkeypatch.setattr(sys, "argv", argv)
     live_vs_replay.main()
     found = json.loads(out.read_text())
@@ -46,6 +53,8 @@ def test_an_earlier_comparison_is_replayed_beside_its_live_figures(
         row = found["demo-azure"][key]
         assert (row["live"], row["replay"]) == (10.0, alone[key])
         assert row["difference"] == pytest.approx(float(str(alone[key])) / 10 - 1)
+    row = found["demo-azure"]["mean_ttft_ms"]
+    assert row["drawn_loads_p10"] < row["drawn_loads_p90"]
     (kind,) = found["demo-azure"]["by_kind"]
     assert kind["live_steps"] == 7 and kind["replay_steps"] > 100
     (window,) = found["demo-azure"]["host_by_time"]
@@ -59,10 +68,10 @@ def test_how_far_a_replay_would_move_with_longer_steps(
     args = argparse.Namespace(profile="h100-llama-3.1-8b", duration_s=20.0)
     replay = run_scenario("demo-azure", duration_s=20.0, out=tmp_path / "alone").summary
     monkeypatch.setattr(live_vs_replay, "LONGER", 0.0)
-    shown = live_vs_replay.show("demo-azure", replay, replay, live_vs_replay._longer("demo-azure", args))
+    shown = live_vs_replay.show("demo-azure", replay, replay, live_vs_replay._longer("demo-azure", args), [])
     assert {row["longer_steps"] for row in shown.values()} == {0.0}, "the third run is not the replay"
     monkeypatch.setattr(live_vs_replay, "LONGER", 0.01)
-    shown = live_vs_replay.show("demo-azure", replay, replay, live_vs_replay._longer("demo-azure", args))
+    shown = live_vs_replay.show("demo-azure", replay, replay, live_vs_replay._longer("demo-azure", args), [])
     assert 0.005 < float(str(shown["p50_tpot_ms"]["longer_steps"])) < 0.03
     assert shown["completed"]["longer_steps"] == 0.0
     assert "steps +1 %" in capsys.readouterr().out
@@ -110,7 +119,7 @@ def test_kept_runs_complete_an_earlier_comparison(
     live = run_scenario("demo-azure", duration_s=20.0, out=tmp_path / "demo-azure-live").summary
     rows = {key: {"live": live[key]} for key in live_vs_replay.KEYS}
     file, out = tmp_path / "earlier.json", tmp_path / "again.json"
-    argv = ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--again", str(file), "--out", str(out)]
+    argv = ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--again", str(file), "--out", str(out), "--draws", "2"]
     monkeypatch.setattr(sys, "argv", [*argv, "--keep", str(tmp_path)])
     file.write_text(json.dumps({"duration_s": 20.0, "demo-azure": {"live_wall_s": 3.0, **rows}}))
     assert live_vs_replay.main() == 0
@@ -139,3 +148,18 @@ def test_without_a_gpu_one_sentence_says_so(
         assert said.count("\n") == 1
         assert "device cuda: torch sees no CUDA device here" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_drawn_loads_are_the_measured_ones_and_the_same_again_for_a_seed() -> None:
+    loads = pd.DataFrame(
+        {"kind": ["stage", "stage", "load"], "nbytes": [100, 100, 100], "elapsed_s": [0.01, 0.03, 0.002]}
+    )
+    inner = ReplayBackend(load_profile("h100-llama-3.1-8b"), load_geometry("llama-3.1-8b"), LIMITS, 1000)
+    adapter = AdapterShape(0, 16, ("q_proj",))
+    mean = inner.stage(adapter).elapsed_s
+    runs = [[DrawnLoads(inner, loads, seed) for _ in range(2)] for seed in range(3)]
+    for pair in runs:
+        one, other = ([backend.stage(adapter).elapsed_s / mean for _ in range(40)] for backend in pair)
+        assert one == other
+        assert {round(share, 9) for share in one} == {0.5, 1.5}
+    assert runs[0][0].load(adapter, 0) == inner.load(adapter, 0), "one repeat is its own mean"
