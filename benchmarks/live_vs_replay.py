@@ -57,6 +57,12 @@ KEYS = (
 )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 0 or more")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = argparse.ArgumentParser(description=__doc__)
@@ -69,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--keep", type=Path, help="keep the run directories in this folder; with --again take live ones from it"
     )
-    flags.add_argument("--draws", type=int, default=20, help="replays with loads drawn at random; 0: none")
+    flags.add_argument("--draws", type=_count, default=20, help="replays with loads drawn at random; 0: none")
     return flags
 
 

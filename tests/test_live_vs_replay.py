@@ -136,6 +136,13 @@ def test_kept_runs_complete_an_earlier_comparison(
     assert f"--keep {tmp_path}: demo-azure-live is not the run of --again {file}" in capsys.readouterr().err
 
 
+def test_fewer_than_no_draws_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["live_vs_replay", "--profile", "h100-llama-3.1-8b", "--draws", "-1"])
+    with pytest.raises(SystemExit, match="2"):
+        live_vs_replay.main()
+    assert "--draws: -1: must be a whole number, 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_one_sentence_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
