@@ -102,6 +102,11 @@ def measured_steps(name_or_path: str) -> Path | None:
     return _table(name_or_path, "steps")
 
 
+def measured_loads(name_or_path: str) -> Path | None:
+    """The Parquet file of a profile's measured loads; None if it has none."""
+    return _table(name_or_path, "loads")
+
+
 def measured_parts(name_or_path: str) -> Path | None:
     """The Parquet file of the parts of a step (`backend/parts.py`) measured beside a profile; None if it has none."""
     return _table(name_or_path, "parts")

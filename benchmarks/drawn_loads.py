@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +34,6 @@ class DrawnLoads(ReplayBackend):
         return self._drawn("load", super().load(adapter, slot))
 
     def _drawn(self, kind: str, timing: LoadTiming) -> LoadTiming:
-        sizes: Mapping[int, list[float]] = self._repeats[kind]
+        sizes = self._repeats[kind]
         repeats = sizes[min(sizes, key=lambda nbytes: abs(nbytes - timing.nbytes))]
         return replace(timing, elapsed_s=timing.elapsed_s * repeats[self._rng.integers(len(repeats))])

@@ -25,7 +25,7 @@ import pandas as pd
 from backend.base import Backend
 from backend.errors import BackendError
 from backend.measure import describe_device
-from backend.profile import load_profile, profile_folder
+from backend.profile import load_profile, measured_loads
 from backend.replay import ReplayBackend
 from benchmarks.drawn_loads import DrawnLoads
 from sim.deployment import Relief, WhatIf
@@ -95,19 +95,14 @@ def show(
     heads = f"{'live':>14}{'replay':>14}{'':10}{'steps +1 %':>12}{'loads drawn, p10 to p90' if drawn else '':>26}"
     print(f"\n{name}: {live['steps']} steps executed\n{'':22}{heads}")
     for key in KEYS:
-        row = rows[key] = {
-            "live": live[key],
-            "replay": replay[key],
-            "difference": _change(live[key], replay[key]),
-            "longer_steps": _change(replay[key], longer[key]),
-        }
+        difference, more = _change(live[key], replay[key]), _change(replay[key], longer[key])
+        rows[key] = {"live": live[key], "replay": replay[key], "difference": difference, "longer_steps": more}
         changes = [_change(replay[key], run[key]) for run in drawn]
         known = [change for change in changes if change is not None]
         edges = [float(edge) for edge in np.quantile(known, (0.1, 0.9))] if known else []
-        row |= dict(zip(("drawn_loads_p10", "drawn_loads_p90"), edges, strict=False))
-        told = [_change(live[key], replay[key]), _change(replay[key], longer[key]), *edges]
-        widths = (10, 12, 16, 10)
-        texts = "".join(" " * n if c is None else f"{c:+{n}.2%}" for c, n in zip(told, widths, strict=False))
+        rows[key] |= zip(("drawn_loads_p10", "drawn_loads_p90"), edges, strict=False)
+        told = zip((difference, more, *edges), (10, 12, 16, 10), strict=False)
+        texts = "".join(" " * n if c is None else f"{c:+{n}.2%}" for c, n in told)
         print(f"{key:22}{live[key]:14.3f}{replay[key]:14.3f}{texts}")
     return rows
 
@@ -208,8 +203,8 @@ def _longer(name: str, args: argparse.Namespace) -> Figures:
 
 def _drawn(name: str, args: argparse.Namespace) -> list[Figures]:
     """Replays with loads drawn at random, `--draws` of them."""
-    file = profile_folder(args.profile) / "loads.parquet"
-    if not args.draws or not file.is_file():
+    file = measured_loads(args.profile)
+    if not args.draws or file is None:
         return []
     loads = pd.read_parquet(file)
     return [_other(name, args, partial(DrawnLoads, loads=loads, seed=seed)) for seed in range(args.draws)]

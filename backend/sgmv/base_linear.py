@@ -16,7 +16,7 @@ import torch
 from backend.sgmv.arguments import LinearArgs, TensorMap, WideArgs, columns, exchange_args, expand_args, shrink_args
 from backend.sgmv.cuda_kernels import shrink
 from backend.sgmv.nvrtc import Kernels, checked, kernels
-from backend.sgmv.segments import PIECE, SHARED_RANK, Segments, padded_rank
+from backend.sgmv.segments import PIECE, SHARED_RANK, SHARED_ROWS, Segments, padded_rank
 from backend.sgmv.slots import FusedLinear, SlotBank
 
 Lora = tuple[SlotBank, FusedLinear, Segments]
@@ -67,12 +67,18 @@ class Launch:
     ring: int = 0
 
 
-def _with_ring(name: str, grid: int, shared: int, columns: int, width: int, rank: int, run: Kernels) -> Launch | None:
-    """The launch of a kernel that needs `shared` bytes, and with LoRA (`rank`) rings of B, `width` columns at a time, beside."""
+def _with_ring(
+    family: str, most: int, grid: int, shared: int, columns: int, width: int, rank: int, run: Kernels
+) -> Launch | None:
+    """The launch of `family`'s kernel of `most` rows, which needs `shared` bytes; with LoRA (`rank`) also rings of B.
+
+    `columns`: of y that a block takes at a time; `width`: of B, of all slices.
+    """
+    name = f"{family}_{most}"
     if not rank:
         return Launch(name, grid, MAKERS, shared, columns) if shared <= run.rooms[name] else None
     place = HELPERS // 32 * 16 * width * 2
-    shared += SHARE_BYTES if name.endswith("32") and rank <= SHARED_RANK else 0
+    shared += SHARE_BYTES if most in SHARED_ROWS and rank <= SHARED_RANK else 0
     for left in (NORM_BYTES, 0):
         ring = min(MOST_PLACES, (run.rooms[name] - left - shared) // place)
         if ring >= FEWEST_PLACES:
@@ -91,7 +97,7 @@ def _few(rows: int, slices: tuple[int, ...], rank: int, run: Kernels) -> Launch 
         whole = not rank or not any(w % width for w in slices)
         if rows <= most and whole:
             grid = min(-(-sum(slices) // width), run.processors)
-            return _with_ring(f"linear_{most}", grid, shared, width, width, rank, run)
+            return _with_ring("linear", most, grid, shared, width, width, rank, run)
     return None
 
 
@@ -103,7 +109,7 @@ def _gated(rows: int, half: int, rank: int, run: Kernels) -> Launch | None:
         if rank:
             shared += 4 * most * 2 * (32 + rank + 4) + 2 * most * 32 * 2
         if rows <= most and half % 16 == 0:
-            return _with_ring(f"linear_gated_{most}", min(half // 16, run.processors), shared, 16, 32, rank, run)
+            return _with_ring("linear_gated", most, min(half // 16, run.processors), shared, 16, 32, rank, run)
     return None
 
 
