@@ -3,7 +3,8 @@
 How long a step takes depends on what ran before it: at its power limit a GPU lowers its clock after prompts, and raises it again
 in decodes. So they are mixed in one order without a pause, as an engine's are, and decodes come `DECODE_TURNS` times in each
 round, one after the other: each once, the GPU would be at prompts most of the time, and every step of another CUDA graph
-than the one before, which an engine's decodes seldom are. Adapters are read and copied among them (`backend.load_turns`).
+than the one before, which an engine's decodes seldom are. The host takes longer for such a step, so that the first of them is
+left out of its mean. Adapters are read and copied among them (`backend.load_turns`).
 Rounds that were finished are kept in a folder, so that a measurement that was killed goes on with the round it was in.
 """
 
@@ -66,7 +67,9 @@ class Rounds:
         return self.folder / f"round-{number}.parquet"
 
     def done(self, number: int) -> pd.DataFrame | None:
-        """A finished round, a row a step: `composition` (its number), `device_s`, `host_s`; None if it was not finished."""
+        """A finished round, a row a step: `composition` (its number), `device_s`, `host_s`, `on_end` (the step before had the same
+        composition); None if it was not finished.
+        """
         return pd.read_parquet(self._file(number)) if self._file(number).is_file() else None
 
     def loads(self, number: int) -> pd.DataFrame:
@@ -96,7 +99,8 @@ def measure_rounds(
     seed: int = 0,
 ) -> pd.DataFrame:
     """Seconds of each batch over `count` rounds: the median `device_s`, the mean `host_s`, their sum `elapsed_s`, and
-    `p10_s, p90_s` of the whole step. The host's times have a tail, and a run is as long as all of them together.
+    `p10_s, p90_s` of the whole step. The host's times have a tail, and a run is as long as all of them together; of steps that came
+    several times on end the first is not in the mean.
 
     What is not yet in `rounds` is executed, with `between` before every step and `loads` at even distances, after a first
     pass over all batches that are new, which is not timed (graphs are captured, kernels compiled).
@@ -114,6 +118,9 @@ def measure_rounds(
     steps["elapsed_s"] = steps["device_s"] + steps["host_s"]
     of = steps.groupby("composition")
     seconds = pd.DataFrame({"device_s": of["device_s"].median(), "host_s": of["host_s"].mean()})
+    seconds["host_s"] = (
+        steps[steps["on_end"]].groupby("composition")["host_s"].mean().reindex(seconds.index).fillna(seconds["host_s"])
+    )
     seconds["elapsed_s"] = seconds["device_s"] + seconds["host_s"]
     for share in (10, 90):
         seconds[f"p{share}_s"] = of["elapsed_s"].quantile(share / 100)
@@ -137,7 +144,7 @@ def _one_round(
     rng: np.random.Generator,
     name: str,
 ) -> tuple[pd.DataFrame, list[Move]]:
-    rows: list[tuple[int, float, float]] = []
+    rows: list[tuple[int, float, float, bool]] = []
     moves: list[Move] = []
     order, due = _order(batches, rng), defaultdict(list)
     for k, aside in enumerate(asides):
@@ -148,5 +155,5 @@ def _one_round(
         backend.hold_tables(batches[i])
         between()
         timing = backend.execute(again(batches[i]))
-        rows.append((i, timing.device_s, timing.host_s))
-    return pd.DataFrame(rows, columns=["composition", "device_s", "host_s"]), moves
+        rows.append((i, timing.device_s, timing.host_s, bool(rows) and rows[-1][0] == i))
+    return pd.DataFrame(rows, columns=["composition", "device_s", "host_s", "on_end"]), moves

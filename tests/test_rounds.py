@@ -68,6 +68,19 @@ def test_decodes_come_more_often_on_end_and_every_time_counts(tmp_path: Path) ->
     assert len(set(at)) > 1, "not always at the same place of a round"
 
 
+def test_the_first_of_decodes_on_end_is_not_in_the_mean_of_the_host(tmp_path: Path) -> None:
+    class SlowToBegin(Clocked):
+        def execute(self, batch: StepBatch) -> StepTiming:
+            other = self.seen[-1:] != [len(batch.query_lens)]
+            return StepTiming(super().execute(batch).device_s, 5e-4 if other else 1e-4)
+
+    decode = StepBatch((1,) * 5, (5,) * 5, (-1,) * 5, (True,) * 5, ((0,),) * 5)
+    table = measure_rounds(SlowToBegin(), [*BATCHES, decode], 2, rounds=Rounds(tmp_path / "part", {}))
+    assert table["host_s"].tolist()[4] == pytest.approx(1e-4)
+    assert min(table["host_s"].tolist()[:4]) > 2e-4, "of others every time counts"
+    assert table["elapsed_s"].tolist() == pytest.approx((table["device_s"] + table["host_s"]).tolist())
+
+
 def test_a_killed_measurement_goes_on(tmp_path: Path) -> None:
     facts = {"gpu": "x"}
     with pytest.raises(KeyboardInterrupt):

@@ -32,6 +32,12 @@ static __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// `v`, which the compiler computes neither later than here nor, in a loop, once for all rounds.
+static __device__ __forceinline__ long long computed_here(long long v) {
+    asm volatile("" : "+l"(v));
+    return v;
+}
+
 static __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -106,8 +106,8 @@ static __device__ __forceinline__ void few_deltas(const Linear& p, Adapted<8 * N
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, number++) {
         const int slice = GATED ? 0 : slice_of(p.lora, tile * TILE);
         if (gathered >= 0 && gathered != slice) meet<3>(HELPERS);
-        if (gathered != slice) adapted.gather(p.lora, filled, header.y, h, p.rows, slice, thread);
-        if (GATED && gathered < 0) adapted.gather(p.lora, filled, header.y, h + ROWS * h_row, p.rows, 1, thread);
+        if (gathered != slice) adapted.template gather<SHARED>(p.lora, filled, header.y, h, p.rows, slice, thread);
+        if (GATED && gathered < 0) adapted.template gather<SHARED>(p.lora, filled, header.y, h + ROWS * h_row, p.rows, 1, thread);
         gathered = slice;
         float* mine = deltas + (number & 1) * ROWS * C + g;
         float d[MT][4];

@@ -60,18 +60,19 @@ struct Adapted {
 
     // h [count][h_rank + 4]: pairs of ranks, the leading parts before the rests; partials, as soon as they are there, are added
     // in order, then split into two numbers of the weights' type. `most`: the largest rank.
+    template <bool WAITS>
     __device__ __forceinline__ void gather(const Expand& p, const float* filled, int most, u32* h, int count, int slice,
                                            int thread) const {
         const int pairs = (most + 15) / 16 * 8, all = count * pairs;
         if (all <= HELPERS)
-            gather_pairs<1, 8>(p, filled, pairs, all, h, slice, thread);
+            gather_pairs<1, 8, WAITS>(p, filled, pairs, all, h, slice, thread);
         else
-            gather_pairs<4, 4>(p, filled, pairs, all, h, slice, thread);
+            gather_pairs<4, 4, WAITS>(p, filled, pairs, all, h, slice, thread);
         meet<3>(HELPERS);
     }
 
     // PAIRS at a time of a thread, PIECES partials of each.
-    template <int PAIRS, int PIECES>
+    template <int PAIRS, int PIECES, bool WAITS>
     __device__ __forceinline__ void gather_pairs(const Expand& p, const float* filled, int pairs, int all, u32* h, int slice,
                                                  int thread) const {
         const long long step = (long long)p.h_rows * p.slices * p.h_rank;
@@ -88,17 +89,25 @@ struct Adapted {
             }
             for (int first = 0; first < p.pieces; first += PIECES) {
                 float2 v[PIECES][PAIRS];
+                bool missing = true;
+                while (missing) {  // again all of them, on their way together
+                    const long long each = WAITS ? computed_here(step) : step;
 #pragma unroll
-                for (int n = 0; n < PIECES * PAIRS; n++) {
-                    const int piece = first + n / PAIRS, u = n % PAIRS;
-                    v[n / PAIRS][u] = piece < p.pieces && left[u] > 0 ? peek(from[u] + piece * step) : make_float2(0.f, 0.f);
+                    for (int n = 0; n < PIECES * PAIRS; n++) {
+                        const int piece = first + n / PAIRS, u = n % PAIRS;
+                        v[n / PAIRS][u] = piece < p.pieces && left[u] > 0 ? peek(from[u] + piece * each) : make_float2(0.f, 0.f);
+                    }
+                    missing = false;
+#pragma unroll
+                    for (int n = 0; n < PIECES * PAIRS; n++) {
+                        const float2& part = v[n / PAIRS][n % PAIRS];
+                        missing |= WAITS && (empty(part.x) || (left[n % PAIRS] > 1 && empty(part.y)));
+                    }
                 }
 #pragma unroll
                 for (int n = 0; n < PIECES * PAIRS; n++) {
-                    const int u = n % PAIRS;
-                    float2& part = v[n / PAIRS][u];
-                    while (empty(part.x) || (left[u] > 1 && empty(part.y))) part = peek(from[u] + (first + n / PAIRS) * step);
-                    low[u] += part.x, high[u] += part.y;
+                    const float2& part = v[n / PAIRS][n % PAIRS];
+                    low[n % PAIRS] += part.x, high[n % PAIRS] += part.y;
                 }
             }
 #pragma unroll

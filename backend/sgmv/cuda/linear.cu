@@ -47,10 +47,11 @@ static __device__ __forceinline__ void linear(const Linear& p) {
             advance(w_next);
         }
     };
+    const u16* first_x = (const u16*)computed_here((long long)(p.x + (lane >> 3) * p.x_stride + (lane & 7) * 8));
     auto fetch_x = [&]() {
         if (x_next.tile < tiles) {
             const int k = x_next.step * 64 + (lane & 7) * 8, row = lane >> 3;
-            const u16* from = p.x + row * p.x_stride + k;
+            const u16* from = first_x + x_next.step * 64;
 #pragma unroll
             for (int i = 0; i < 2 * NT; i++)
                 copy_async(ring + x_next.slot * STAGE + 16 * MT * 64 + spot + i * 256,

@@ -126,7 +126,7 @@ struct Wide {
             for (int i = thread; i < p.rows * (STRIDE / 4); i += HELPERS)
                 ((float4*)deltas)[i] = make_float4(NO_DELTA, NO_DELTA, NO_DELTA, NO_DELTA);
             meet<3>(HELPERS);
-            if (gathered != slice) adapted.gather(p.lora, filled, header.y, h, p.rows, slice, thread);
+            if (gathered != slice) adapted.template gather<true>(p.lora, filled, header.y, h, p.rows, slice, thread);
             gathered = slice;
             while (now.valid) {
                 float d[8][1][4];

@@ -12,7 +12,7 @@ struct Shrink {
 };
 
 static __device__ __forceinline__ float* h_cell(const Shrink& p, int piece, int position, int row, int rank) {
-    const int slice = row / rank;
+    const int slice = (row >= rank) + (row >= 2 * rank);  // of three at most
     return p.h + (((long long)piece * p.h_rows + position) * p.slices + slice) * p.h_rank + (row - slice * rank);
 }
 
@@ -32,16 +32,32 @@ struct ShrinkItem {
     }
 };
 
+// A lane's 32 of the 128 columns of a run of a row of A, or of x, of which `left` are there; zeros for the others. FEW: where there
+// are few rows, so that instructions are what takes long, whole runs take fewer of them.
+template <bool WEIGHTS, bool FEW>
+static __device__ __forceinline__ void load_run(uint4 (&v)[4], const u16* from, int left, int q) {
+    auto load = [&](int s) { return WEIGHTS ? load_weight(from + 32 * s) : load_row(from + 32 * s); };
+    if (FEW && left >= RUN) {
+#pragma unroll
+        for (int s = 0; s < 4; s++) v[s] = load(s);
+    } else {
+#pragma unroll
+        for (int s = 0; s < 4; s++) v[s] = q * 8 + 32 * s < left ? load(s) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// What a lane gets past the adapter's last row of A, zeros or that row again, only makes ranks that nobody reads.
+template <bool FEW>
 static __device__ __forceinline__ void load_a(uint4 (&a0)[4], uint4 (&a1)[4], const Shrink& p, const ShrinkItem& item,
                                               int warp, int g, int q) {
-    const int k = item.piece * PIECE + warp * RUN + q * 8, row = item.block * 16 + g, height = p.slices * item.tile.w;
-    const u16* a = p.weights + item.tile.x * p.slot_stride + item.tile.w * p.a_unit + (long long)row * p.in_features + k;
-#pragma unroll
-    for (int s = 0; s < 4; s++) {
-        const bool inside = k + 32 * s < p.in_features;
-        a0[s] = inside && row < height ? load_weight(a + 32 * s) : make_uint4(0, 0, 0, 0);
-        a1[s] = inside && row + 8 < height ? load_weight(a + 8ll * p.in_features + 32 * s) : make_uint4(0, 0, 0, 0);
-    }
+    const int first = item.piece * PIECE + warp * RUN, row = item.block * 16 + g, height = p.slices * item.tile.w;
+    const u16* a = p.weights + item.tile.x * p.slot_stride + item.tile.w * p.a_unit + first + q * 8;
+    auto load = [&](uint4 (&v)[4], int row) {
+        const int left = FEW || row < height ? p.in_features - first : 0;
+        load_run<true, FEW>(v, a + (long long)(FEW ? min(row, height - 1) : row) * p.in_features, left, q);
+    };
+    load(a0, row);
+    load(a1, row + 8);
 }
 
 // Short segments: a block is one (tile of 8 * NT rows, piece) and, where there is work for all blocks in that, all of
@@ -58,23 +74,25 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
     ShrinkItem now;
     uint4 a0[4], a1[4], x[NT][4];
     int row[NT];
+    const u16* first_x = p.x;  // of the first token
+    auto first_column = [&]() { return now.piece * PIECE + warp * RUN; };
     auto rows_of_item = [&]() {
 #pragma unroll
         for (int j = 0; j < NT; j++) row[j] = p.rows[now.tile.y + min(j * 8 + g, now.tile.z - 1)];
+        // Of few rows before the predecessor has completed; of more, which begin when it has, the successor is let start first.
+        if (NT == 1) first_x = (const u16*)computed_here((long long)(p.x + row[0] * p.x_stride + first_column() + q * 8));
     };
     auto load_x = [&]() {
-        const int k = now.piece * PIECE + warp * RUN + q * 8;
 #pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-                x[j][s] = j * 8 + g < now.tile.z && k + 32 * s < p.in_features ? load_row(p.x + row[j] * p.x_stride + k + 32 * s)
-                                                                               : make_uint4(0, 0, 0, 0);
+        for (int j = 0; j < NT; j++) {
+            const u16* from = NT == 1 ? first_x : p.x + row[j] * p.x_stride + first_column() + q * 8;
+            load_run<false, NT == 1>(x[j], from, NT == 1 || j * 8 + g < now.tile.z ? p.in_features - first_column() : 0, q);
+        }
     };
     now.seek(p, blockIdx.x, items, pieces, spans, 16 * span);
     now.block *= span;
     if (now.index < items) {
-        load_a(a0, a1, p, now, warp, g, q);
+        load_a<NT == 1>(a0, a1, p, now, warp, g, q);
         rows_of_item();
     }
     wait_for_previous();
@@ -93,7 +111,7 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
         float acc[NT][4];
         one_run<NT>(acc, a0, a1, x);
         if (now.index < items) {
-            load_a(a0, a1, p, now, warp, g, q);
+            load_a<NT == 1>(a0, a1, p, now, warp, g, q);
             if (fresh) load_x();
         }
 #pragma unroll

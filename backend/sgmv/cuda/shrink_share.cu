@@ -76,16 +76,17 @@ struct ShrinkShare {
         }
         if (now.index >= items) return;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) load_a(a0[i], a1[i], p, now, warp + i * WARPS, g, q);
+        for (int i = 0; i < EACH; i++) load_a<true>(a0[i], a1[i], p, now, warp + i * WARPS, g, q);
         row = rows[now.tile.y + min(g, now.tile.z - 1)];
     }
 
     __device__ __forceinline__ void load_x(const Shrink& p) {
 #pragma unroll
-        for (int i = 0; i < EACH * 4; i++) {
-            const int k = now.piece * PIECE + (warp + i / 4 * WARPS) * RUN + q * 8 + i % 4 * 32;
-            const bool inside = now.index < items && g < now.tile.z && k < p.in_features;
-            x[i / 4][0][i % 4] = inside ? load_row(p.x + row * p.x_stride + k) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < EACH; i++) {
+            const int first = now.piece * PIECE + (warp + i * WARPS) * RUN, left = now.index < items ? p.in_features - first : 0;
+            const u16* from = p.x + row * p.x_stride + first + q * 8;
+#pragma unroll
+            for (int s = 0; s < 4; s++) x[i][0][s] = q * 8 + 32 * s < left ? load_row(from + 32 * s) : make_uint4(0, 0, 0, 0);
         }
     }
 
