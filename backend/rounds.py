@@ -31,6 +31,10 @@ DECODE_TURNS = 4
 """How often a round executes each composition that has no prompt, on end."""
 
 
+COLUMNS = ["composition", "device_s", "host_s", "on_end"]
+"""Of a finished round, a row a step: the composition's number, seconds, and whether the step before had the same composition."""
+
+
 class Executes(Protocol):
     """The part of a live backend that rounds need."""
 
@@ -55,7 +59,7 @@ class Rounds:
 
     def __init__(self, folder: Path, facts: Mapping[str, object]) -> None:
         self.folder = folder
-        text = json.dumps(dict(facts), indent=1, sort_keys=True, default=str) + "\n"
+        text = json.dumps({**facts, "columns": COLUMNS}, indent=1, sort_keys=True, default=str) + "\n"
         file = folder / "facts.json"
         if not folder.exists():
             folder.mkdir(parents=True)
@@ -67,9 +71,7 @@ class Rounds:
         return self.folder / f"round-{number}.parquet"
 
     def done(self, number: int) -> pd.DataFrame | None:
-        """A finished round, a row a step: `composition` (its number), `device_s`, `host_s`, `on_end` (the step before had the same
-        composition); None if it was not finished.
-        """
+        """A finished round, with `COLUMNS`; None if it was not finished."""
         return pd.read_parquet(self._file(number)) if self._file(number).is_file() else None
 
     def loads(self, number: int) -> pd.DataFrame:
@@ -156,4 +158,4 @@ def _one_round(
         between()
         timing = backend.execute(again(batches[i]))
         rows.append((i, timing.device_s, timing.host_s, bool(rows) and rows[-1][0] == i))
-    return pd.DataFrame(rows, columns=["composition", "device_s", "host_s", "on_end"]), moves
+    return pd.DataFrame(rows, columns=COLUMNS), moves
