@@ -25,7 +25,7 @@ from benchmarks.outputs import csv_file
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.sgmv_cells import Workbench
+    from benchmarks.sgmv_cells import Cell, Workbench
 
 COLUMNS = "impl,layer,T,distribution,n_adapters,rank,median_us,min_us,floor_us,base_gemm_us,rel_err".split(",")
 KEYS = ["layer", "T", "distribution", "n_adapters", "rank"]
@@ -131,13 +131,17 @@ def show_errors(ours: pd.DataFrame) -> None:
     print(f"relative error / that of the exact result rounded once: at most {ratio.max():.6f} in {len(ours)} cells")
 
 
-def measure(parts: list[str], out: Path) -> None:
+def _need_gpu() -> None:
     import torch
-
-    from benchmarks import sgmv_tables
 
     if not torch.cuda.is_available():
         raise BackendError("benchmarks.sgmv: torch sees no CUDA device here")
+
+
+def measure(parts: list[str], out: Path) -> None:
+    from benchmarks import sgmv_tables
+
+    _need_gpu()
     out.parent.mkdir(parents=True, exist_ok=True)
     tables = {
         "grid": (out, measure_grid),
@@ -180,12 +184,9 @@ def _feed_forward(bench: Workbench, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def run_once(text: str) -> None:
-    """Run one cell's kernels once: its LoRA part alone, with the base product, and gate and up with SwiGLU and down behind them."""
-    import torch
-
-    from backend.linears import linear_with_lora
-    from benchmarks.sgmv_cells import LINEARS, Cell, Workbench
+def cell_of(text: str) -> Cell:
+    """`--cell LAYER,T,DISTRIBUTION,ADAPTERS,RANK`. Raises `BackendError` if it is none."""
+    from benchmarks.sgmv_cells import DISTRIBUTIONS, LINEARS, Cell
 
     try:
         layer, rows, distribution, adapters, rank = text.split(",")
@@ -196,13 +197,32 @@ def run_once(text: str) -> None:
         ) from error
     if layer not in LINEARS:
         raise BackendError(f"--cell {text}: LAYER must be one of {', '.join(LINEARS)}")
+    if distribution not in (*DISTRIBUTIONS, f"seg{adapters}"):
+        raise BackendError(f"--cell {text}: DISTRIBUTION must be one of {', '.join(DISTRIBUTIONS)} or seg{adapters}")
+    most = {"distinct": cell.rows, "identical": 1}
+    if min(cell.rows, cell.adapters, cell.rank) < 1 or cell.adapters > cell.rows:
+        raise BackendError(f"--cell {text}: T, ADAPTERS and RANK must be at least 1, and ADAPTERS at most T")
+    if cell.adapters != most.get(distribution, cell.adapters):
+        raise BackendError(f"--cell {text}: ADAPTERS must be {most[distribution]} where rows are {distribution}")
+    return cell
+
+
+def run_once(text: str) -> None:
+    """Run one cell's kernels once: its LoRA part alone, with the base product, and gate and up with SwiGLU and down behind them."""
+    import torch
+
+    from backend.linears import linear_with_lora
+    from benchmarks.sgmv_cells import Workbench
+
+    cell = cell_of(text)
+    _need_gpu()
     bench = Workbench(cell, sets=1)
     linear, segments = bench.calls[0]
     weight = torch.randn(sum(linear.out_features), linear.in_features, dtype=torch.bfloat16, device="cuda")
     out = torch.zeros_like(bench.y)
     linear_with_lora(bench.x, weight, out, None, bench.bank, linear, segments, kernels=True)
     finite = bool(out.isfinite().all())
-    if layer == "gate_up":
+    if cell.layer == "gate_up":
         finite &= bool(_feed_forward(bench, weight).isfinite().all())
     torch.cuda.synchronize()
     print(f"{text}: relative error {bench.errors()[0]:.2e}, finite {finite}")

@@ -25,6 +25,9 @@ LINEARS: dict[str, tuple[int, tuple[int, ...]]] = {
 }
 """The fused linears of one Llama-3.1-8B layer: width in, widths out."""
 
+DISTRIBUTIONS = ("distinct", "identical", "uniform", "skewed")
+"""How rows are spread over adapters (`Cell.slots`); besides `seg4`, four adapters' rows one after the other, and its like."""
+
 COLD_BYTES = 160e6
 MOST_CALLS = 512
 BYTES_PER_S, FLOPS_PER_S = 2.443e12, 788e12
