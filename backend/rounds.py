@@ -119,10 +119,8 @@ def measure_rounds(
     steps = pd.concat([table for number in range(count) if (table := rounds.done(number)) is not None])
     steps["elapsed_s"] = steps["device_s"] + steps["host_s"]
     of = steps.groupby("composition")
-    seconds = pd.DataFrame({"device_s": of["device_s"].median(), "host_s": of["host_s"].mean()})
-    seconds["host_s"] = (
-        steps[steps["on_end"]].groupby("composition")["host_s"].mean().reindex(seconds.index).fillna(seconds["host_s"])
-    )
+    host = steps[steps["on_end"]].groupby("composition")["host_s"].mean().combine_first(of["host_s"].mean())
+    seconds = pd.DataFrame({"device_s": of["device_s"].median(), "host_s": host})
     seconds["elapsed_s"] = seconds["device_s"] + seconds["host_s"]
     for share in (10, 90):
         seconds[f"p{share}_s"] = of["elapsed_s"].quantile(share / 100)

@@ -199,11 +199,11 @@ def cell_of(text: str) -> Cell:
         raise BackendError(f"--cell {text}: LAYER must be one of {', '.join(LINEARS)}")
     if distribution not in (*DISTRIBUTIONS, f"seg{adapters}"):
         raise BackendError(f"--cell {text}: DISTRIBUTION must be one of {', '.join(DISTRIBUTIONS)} or seg{adapters}")
-    most = {"distinct": cell.rows, "identical": 1}
+    needed = {"distinct": cell.rows, "identical": 1}.get(distribution, cell.adapters)
     if min(cell.rows, cell.adapters, cell.rank) < 1 or cell.adapters > cell.rows:
         raise BackendError(f"--cell {text}: T, ADAPTERS and RANK must be at least 1, and ADAPTERS at most T")
-    if cell.adapters != most.get(distribution, cell.adapters):
-        raise BackendError(f"--cell {text}: ADAPTERS must be {most[distribution]} where rows are {distribution}")
+    if cell.adapters != needed:
+        raise BackendError(f"--cell {text}: ADAPTERS must be {needed} where rows are {distribution}")
     return cell
 
 

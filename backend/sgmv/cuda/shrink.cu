@@ -32,8 +32,8 @@ struct ShrinkItem {
     }
 };
 
-// A lane's 32 of the 128 columns of a run of a row of A, or of x, of which `left` are there; zeros for the others. FEW: where there
-// are few rows, so that instructions are what takes long, whole runs take fewer of them.
+// A lane's 32 of the 128 columns of a run of a row of A, or of x, of which `left` are there; zeros for the others. FEW: whole runs
+// without predicates, on an H100 faster with tiles of eight rows and slower with those of sixteen.
 template <bool WEIGHTS, bool FEW>
 static __device__ __forceinline__ void load_run(uint4 (&v)[4], const u16* from, int left, int q) {
     auto load = [&](int s) { return WEIGHTS ? load_weight(from + 32 * s) : load_row(from + 32 * s); };
@@ -74,7 +74,7 @@ static __device__ __forceinline__ void shrink_short(const Shrink& p) {
     ShrinkItem now;
     uint4 a0[4], a1[4], x[NT][4];
     int row[NT];
-    const u16* first_x = p.x;  // of the first token
+    const u16* first_x = p.x;  // NT == 1: the lane's token's, from its columns of the run on
     auto first_column = [&]() { return now.piece * PIECE + warp * RUN; };
     auto rows_of_item = [&]() {
 #pragma unroll
