@@ -25,6 +25,10 @@ class DrawnLoads(ReplayBackend):
             self._repeats[kind].setdefault(int(nbytes), []).append(float(share))
         self._rng = np.random.default_rng(seed)
 
+    @property
+    def step_costs(self) -> None:
+        """Nothing that a compiled replay could know: it takes all loads of an adapter alike."""
+
     def stage(self, adapter: AdapterShape) -> LoadTiming:
         """Disk to host."""
         return self._drawn("stage", super().stage(adapter))

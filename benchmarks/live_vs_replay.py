@@ -2,8 +2,10 @@
 
 Prints both beside each other and writes them, with GPU and versions, as JSON (`--out`); how far the replay would move if every
 step took 1 % longer, for where requests queue a small error of the steps is a large one of their waiting; and between which it lies in
-eight of ten replays whose adapters take, each, one of the times measured instead of their mean (`--draws` of them). `--again FILE`
-executes nothing: it replays beside the live figures of such a file, for a profile that was fitted again.
+eight of ten replays whose loads take, each, one of the times measured instead of their mean (`--draws` of them); and how far a replay is
+off that has the live run's own loads and a host as fast as its was, which are its machine's by chance. `--lives 2` executes the scenario
+twice, and says how far the second run lies from the first: no replay can be expected to be nearer. `--again FILE` executes nothing: it replays
+beside the live figures of such a file, for a profile that was fitted again.
 """
 
 from __future__ import annotations
@@ -14,20 +16,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from backend.base import Backend
 from backend.errors import BackendError
+from backend.gpu_watch import watching
 from backend.measure import describe_device
 from backend.profile import load_profile, measured_loads
 from backend.replay import ReplayBackend
+from benchmarks.as_it_was import AsItWas, host_factor
 from benchmarks.drawn_loads import DrawnLoads
+from benchmarks.live_tables import tables_again, tables_of
 from sim.deployment import Relief, WhatIf
 from sim.engine import simulate
 from sim.errors import ScenarioError
@@ -57,9 +61,9 @@ KEYS = (
 )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 0 or more")
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {least} or more")
     return int(text)
 
 
@@ -75,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--keep", type=Path, help="keep the run directories in this folder; with --again take live ones from it"
     )
+    flags.add_argument(
+        "--lives", type=partial(_count, least=1), default=1, help="how often to execute a scenario (default 1)"
+    )
     flags.add_argument("--draws", type=_count, default=20, help="replays with loads drawn at random; 0: none")
     return flags
 
@@ -87,89 +94,64 @@ Figures = Mapping[str, object]
 """A run's summary."""
 
 
-def show(
-    name: str, live: Figures, replay: Figures, longer: Figures, drawn: Sequence[Figures]
-) -> dict[str, dict[str, object]]:
-    """Print live and replay beside each other, `longer` and `drawn` beside the replay; returns them with their relative differences."""
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a comparison shows beside a live run and its replay: the replay with longer steps, replays with loads drawn at random, the replay
+    with the live run's own loads and host (None: not known), and further live runs.
+    """
+
+    longer: Figures
+    drawn: Sequence[Figures] = ()
+    as_it_was: Figures | None = None
+    lives: Sequence[Figures] = ()
+
+
+def show(name: str, live: Figures, replay: Figures, beside: Beside) -> dict[str, dict[str, object]]:
+    """Print live and replay beside each other, and what is `beside` them; returns them with their relative differences."""
     rows: dict[str, dict[str, object]] = {}
-    heads = f"{'live':>14}{'replay':>14}{'':10}{'steps +1 %':>12}{'loads drawn, p10 to p90' if drawn else '':>26}"
+    heads = (
+        f"{'live':>14}{'replay':>14}{'':10}{'steps +1 %':>12}{'loads drawn, p10 to p90' if beside.drawn else '':>26}"
+    )
+    heads += "" if beside.as_it_was is None else "its loads, host".rjust(17)
+    heads += "live again".rjust(12) * len(beside.lives)
     print(f"\n{name}: {live['steps']} steps executed\n{'':22}{heads}")
     for key in KEYS:
-        difference, more = _change(live[key], replay[key]), _change(replay[key], longer[key])
-        rows[key] = {"live": live[key], "replay": replay[key], "difference": difference, "longer_steps": more}
-        changes = [_change(replay[key], run[key]) for run in drawn]
-        known = [change for change in changes if change is not None]
-        edges = [float(edge) for edge in np.quantile(known, (0.1, 0.9))] if known else []
-        rows[key] |= zip(("drawn_loads_p10", "drawn_loads_p90"), edges, strict=False)
-        told = zip((difference, more, *edges), (10, 12, 16, 10), strict=False)
+        row, told = _row(key, live, replay, beside)
+        rows[key] = row
         texts = "".join(" " * n if c is None else f"{c:+{n}.2%}" for c, n in told)
         print(f"{key:22}{live[key]:14.3f}{replay[key]:14.3f}{texts}")
     return rows
+
+
+def _row(
+    key: str, live: Figures, replay: Figures, beside: Beside
+) -> tuple[dict[str, object], list[tuple[float | None, int]]]:
+    """One figure's differences, by name, and as they are printed with their widths."""
+    difference, more = _change(live[key], replay[key]), _change(replay[key], beside.longer[key])
+    row: dict[str, object] = {"live": live[key], "replay": replay[key], "difference": difference, "longer_steps": more}
+    told: list[tuple[float | None, int]] = [(difference, 10), (more, 12)]
+    changes = [change for run in beside.drawn if (change := _change(replay[key], run[key])) is not None]
+    if changes:
+        edges = [float(edge) for edge in np.quantile(changes, (0.1, 0.9))]
+        row |= zip(("drawn_loads_p10", "drawn_loads_p90"), edges, strict=True)
+        told += zip(edges, (16, 10), strict=True)
+    if beside.as_it_was is not None:
+        row["as_it_was"] = _change(live[key], beside.as_it_was[key])
+        told.append((_change(live[key], beside.as_it_was[key]), 17))
+    if again := [_change(live[key], other[key]) for other in beside.lives]:
+        row["live_again"] = again
+        told += ((change, 12) for change in again)
+    return row, told
 
 
 def _change(a: object, b: object) -> float | None:
     return float(b) / float(a) - 1 if isinstance(a, int | float) and isinstance(b, int | float) and a else None
 
 
-KINDS = (
-    ("decodes, up to 8", 0, 0, 8),
-    ("decodes, 9 to 32", 0, 9, 32),
-    ("decodes, more", 0, 33, None),
-    ("with prompts, up to 256 tokens", 1, 1, 256),
-    ("with prompts, 257 to 1024 tokens", 1, 257, 1024),
-    ("with prompts, more", 1, 1025, None),
-)
-"""Kinds of steps: name, whether prompts are among them, least and most tokens."""
-
-
-def _kind(steps: pd.DataFrame, prompts: int, least: int, most: int | None) -> pd.DataFrame:
-    tokens = steps["tokens"]
-    inside = (tokens >= least) & (tokens <= (tokens.max() if most is None else most))
-    return steps[((steps["prefill_tokens"] > 0) == bool(prompts)) & inside & (tokens > 0)]
-
-
-def by_kind(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, object]]:
-    """How long steps of each kind take, live and replayed, and how many tokens they have: where the two part.
-
-    `load_most_ms`: what the slowest of them waited for adapters; live, one slow read delays all that are waiting.
-    """
-    rows = ({"kind": name, **_means("live", live, which), **_means("replay", replay, which)} for name, *which in KINDS)
-    return [row for row in rows if row["live_steps"] and row["replay_steps"]]
-
-
-def _means(side: str, steps: pd.DataFrame, which: list[Any]) -> dict[str, object]:
-    mine = _kind(steps, *which)
-    means = {f"{side}_{part}_ms": float(mine[f"{part}_s"].mean() * 1e3) for part in ("device", "host", "load")}
-    most = {f"{side}_load_most_ms": float(mine["load_s"].max() * 1e3)}
-    return {f"{side}_steps": len(mine), f"{side}_tokens": float(mine["tokens"].mean()), **means, **most}
-
-
 def measured_when(profile: str) -> dict[str, object]:
     """What tells one measurement of a profile from another."""
     meta = load_profile(profile).meta
     return {key: meta[key] for key in ("date", "gpu", "measuring_s") if key in meta}
-
-
-WINDOW_S = 10.0
-"""Of `host_by_time`."""
-
-
-def host_by_time(live: pd.DataFrame, replay: pd.DataFrame) -> list[dict[str, float]]:
-    """Milliseconds of the host's part of decodes in windows of `WINDOW_S`: a shared machine's host is now faster, now slower,
-    of which a profile knows the mean while it was measured.
-    """
-    return _beside(_host_ms(live), _host_ms(replay))
-
-
-def _host_ms(steps: pd.DataFrame) -> dict[float, float]:
-    decodes = steps[(steps["prefill_tokens"] == 0) & (steps["tokens"] > 0)]
-    means = decodes.groupby(decodes["start_s"] // WINDOW_S * WINDOW_S)["host_s"].mean() * 1e3
-    return {float(start_s): float(mean) for start_s, mean in zip(means.index, means, strict=True)}
-
-
-def _beside(live: Mapping[float, float], replay: Mapping[float, float]) -> list[dict[str, float]]:
-    both = (start_s for start_s in live if start_s in replay)
-    return [{"start_s": s, "live_host_ms": live[s], "replay_host_ms": replay[s]} for s in both]
 
 
 def _replay(name: str, args: argparse.Namespace, folder: Path) -> RunResult:
@@ -201,6 +183,13 @@ def _longer(name: str, args: argparse.Namespace) -> Figures:
     return _other(name, args, lambda replayed: WhatIf(replayed, Relief(steps=1 + LONGER)))
 
 
+def _as_it_was(
+    name: str, args: argparse.Namespace, steps: pd.DataFrame, moves: pd.DataFrame, replayed: pd.DataFrame
+) -> Figures:
+    """The replay with loads and host of the live run, whose tables these are."""
+    return _other(name, args, lambda inner: AsItWas(inner, moves, host_factor(steps, replayed)))
+
+
 def _drawn(name: str, args: argparse.Namespace) -> list[Figures]:
     """Replays with loads drawn at random, `--draws` of them."""
     file = measured_loads(args.profile)
@@ -219,16 +208,28 @@ def _executed(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         "profile_measured": measured_when(args.profile),
     }
     for name in args.scenarios:
-        started, out = time.perf_counter(), folder / f"{Path(name).stem}-live"
-        live = run_scenario(name, backend=args.backend, duration_s=args.duration_s, out=out)
-        wall_s = time.perf_counter() - started
-        assert live.summary["steps_executed_on_device"] == len(live.tables.steps)
+        stem = Path(name).stem
+        with watching(enabled=args.backend == "cuda") as watch:
+            (live, wall_s), *others = [
+                _live(name, args, folder / f"{stem}-live{n}") for n in ("", *range(2, args.lives + 1))
+            ]
         replay = _replay(name, args, folder)
-        shown = show(name, live.summary, replay.summary, _longer(name, args), _drawn(name, args))
-        tables = _tables(live.tables.steps, replay.tables.steps)
+        steps, moves = live.tables.steps, live.tables.moves
+        was = _as_it_was(name, args, steps, moves, replay.tables.steps)
+        beside = Beside(_longer(name, args), _drawn(name, args), was, [other.summary for other, _ in others])
+        shown = show(name, live.summary, replay.summary, beside)
+        tables = tables_of(steps, replay.tables.steps)
         print(pd.DataFrame(tables["by_kind"]).round(3).to_string(index=False))
-        report[Path(name).stem] = {"live_wall_s": wall_s, **shown, **tables}
+        report[stem] = {"live_wall_s": wall_s, **watch.facts, **shown, **tables}
     return report
+
+
+def _live(name: str, args: argparse.Namespace, out: Path) -> tuple[RunResult, float]:
+    """A run that executes every step, and how long it took."""
+    started = time.perf_counter()
+    run = run_scenario(name, backend=args.backend, duration_s=args.duration_s, out=out)
+    assert run.summary["steps_executed_on_device"] == len(run.tables.steps)
+    return run, time.perf_counter() - started
 
 
 def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -239,31 +240,23 @@ def _again(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     for name, rows in report.items():
         if isinstance(rows, dict) and "live_wall_s" in rows:
             live, replay = {key: rows[key]["live"] for key in KEYS}, _replay(name, args, folder)
+            was = None
             if args.keep:
-                steps = pd.read_parquet(args.keep / f"{name}-live" / "steps.parquet")
+                steps, moves = (
+                    pd.read_parquet(args.keep / f"{name}-live" / f"{t}.parquet") for t in ("steps", "moves")
+                )
                 if len(steps) != live["steps"]:
                     raise ScenarioError(f"--keep {args.keep}: {name}-live is not the run of --again {args.again}")
-                tables = _tables(steps, replay.tables.steps)
+                tables = tables_of(steps, replay.tables.steps)
+                was = _as_it_was(name, args, steps, moves, replay.tables.steps)
             else:
-                tables = _tables_again(rows, replay.tables.steps)
-            shown = show(name, live, replay.summary, _longer(name, args), _drawn(name, args))
-            report[name] = {"live_wall_s": rows["live_wall_s"], **shown, **tables}
+                tables = tables_again(rows, replay.tables.steps)
+            shown = show(name, live, replay.summary, Beside(_longer(name, args), _drawn(name, args), was))
+            for key in KEYS:
+                shown[key] |= {"live_again": rows[key]["live_again"]} if "live_again" in rows[key] else {}
+            known = {key: rows[key] for key in ("live_wall_s", "clocks") if key in rows}
+            report[name] = {**known, **shown, **tables}
     return report
-
-
-def _tables(live: pd.DataFrame, replay: pd.DataFrame) -> dict[str, Any]:
-    return {"by_kind": by_kind(live, replay), "host_by_time": host_by_time(live, replay)}
-
-
-def _tables_again(rows: Mapping[str, Any], replay: pd.DataFrame) -> dict[str, Any]:
-    """The live figures of an earlier comparison's tables, those that it has, beside a new replay."""
-    which = {kind: rest for kind, *rest in KINDS}
-    tables: dict[str, Any] = {
-        "by_kind": [row | _means("replay", replay, which[row["kind"]]) for row in rows.get("by_kind", [])]
-    }
-    if waves := {row["start_s"]: row["live_host_ms"] for row in rows.get("host_by_time", [])}:
-        tables["host_by_time"] = _beside(waves, _host_ms(replay))
-    return tables
 
 
 def main() -> int:
