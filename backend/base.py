@@ -52,6 +52,7 @@ class StepBatch:
     `decodes[n]`: the row's token is the one sampled last; live backends need it (empty: where `query_lens[n]` is 1 after
     some context, which a prompt's last chunk can be as well).
     `skipped`: waiting requests that the scheduler walked over for this step, their adapters finding no slot.
+    `idle_s`: how long the GPU has had no step, but for the host's part of this one; live backends need not be told.
     """
 
     query_lens: tuple[int, ...]
@@ -61,6 +62,7 @@ class StepBatch:
     block_tables: tuple[tuple[int, ...], ...] = ()
     decodes: tuple[bool, ...] = ()
     skipped: int = 0
+    idle_s: float = 0.0
 
     def __post_init__(self) -> None:
         n = len(self.query_lens)
@@ -68,6 +70,8 @@ class StepBatch:
             raise BackendError(
                 "a step batch needs one query_len, context_len, slot and sample flag per request, at least one"
             )
+        if not self.idle_s >= 0:
+            raise BackendError(f"a step batch's idle_s is {self.idle_s}, must be >= 0")
         if min(self.query_lens) < 1 or min(self.context_lens) < 0 or min(self.slots) < NO_SLOT:
             raise BackendError("a step batch needs query_lens >= 1, context_lens >= 0, slots >= -1")
 

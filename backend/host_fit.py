@@ -39,7 +39,7 @@ def with_host_of(predictor: Predictor, measured: Measured) -> Predictor:
         if regime.launch and fast.steps:
             launch = _scaled(regime.launch, fast.steps, fast.launch_s + fast.device_s, after=False)
             regimes[name] = replace(regimes[name], launch=launch)
-    return Predictor(predictor.graph_sizes, regimes)
+    return replace(predictor, regimes=regimes)
 
 
 def times(predictor: Predictor, factor: float) -> Predictor:
@@ -49,7 +49,7 @@ def times(predictor: Predictor, factor: float) -> Predictor:
         return tuple(factor * c for c in terms)
 
     regimes = {k: replace(r, host=slower(r.host), launch=slower(r.launch)) for k, r in predictor.regimes.items()}
-    return Predictor(predictor.graph_sizes, regimes)
+    return replace(predictor, regimes=regimes)
 
 
 def with_time_between(predictor: Predictor, runs: Sequence[pd.DataFrame]) -> Predictor:
@@ -72,7 +72,7 @@ def with_time_between(predictor: Predictor, runs: Sequence[pd.DataFrame]) -> Pre
         host[HOST_STEP] += float(each_step)
         host[HOST_REQUESTS] += float(each_request)
         regimes[name] = replace(regime, host=tuple(host))
-    return Predictor(predictor.graph_sizes, regimes)
+    return replace(predictor, regimes=regimes)
 
 
 def _scaled(shape: Terms, steps: Sequence[StepFeatures], seconds: FloatArray, *, after: bool = True) -> Terms:

@@ -26,6 +26,10 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(320, 513, 64), *range(640, 409
 """Row counts that get a CUDA graph: vLLM's capture sizes to 256 (`compilation.cudagraph_capture_sizes`), coarser above, and so far
 that the longer ones, launched kernel by kernel, keep the GPU busy for much longer than the host takes to launch them."""
 
+HEATING_ROWS, REST_S = 256, 0.1
+"""Capturing a graph of at least so many rows runs its step twice, behind which an H100 at its power limit would take the step itself 4 % longer
+(`backend.heat`), as no engine that captures its graphs beforehand does; and after so many seconds it does not."""
+
 MAX_GRAPHS = 512
 """Graphs kept; the least recently used one goes first."""
 
@@ -125,15 +129,22 @@ class LiveBackend:
         padding = self._padding(batch)
         return padding not in self._graphs
 
-    def execute(self, batch: StepBatch) -> StepTiming:
-        """Run one step; the first use of a graph shape captures it before the clock starts."""
-        if len(batch.block_tables) != len(batch.query_lens):
-            raise BackendError("a live step needs a block table for every request")
+    def prepare(self, batch: StepBatch) -> bool:
+        """Compile kernels and capture the step's graph, if this is their first use; whether it was. On the CPU: run the step once."""
         padding = self._padding(batch)
         if self.on_cuda:
-            self._prepare(batch, padding)
+            return self._prepare(batch, padding)
+        self._execute(batch, padding)
+        return True
+
+    def execute(self, batch: StepBatch) -> StepTiming:
+        """Run one step; the first use of a graph shape captures it before the clock starts, and has the GPU rest from it."""
+        if len(batch.block_tables) != len(batch.query_lens):
+            raise BackendError("a live step needs a block table for every request")
+        if self.on_cuda and self.prepare(batch) and batch.tokens >= HEATING_ROWS:
+            time.sleep(REST_S)
         with _no_collection():
-            return self._execute(batch, padding)
+            return self._execute(batch, self._padding(batch))
 
     def _execute(self, batch: StepBatch, padding: Padding | None) -> StepTiming:
         started = time.perf_counter()
@@ -241,14 +252,14 @@ class LiveBackend:
         self._end.synchronize()
         return float(self._begin.elapsed_time(self._end)) * 1e-3
 
-    def _prepare(self, batch: StepBatch, padding: Padding | None) -> None:
-        """Compile kernels and capture the step's graph if this is their first use (not part of any step's time)."""
+    def _prepare(self, batch: StepBatch, padding: Padding | None) -> bool:
+        """`prepare` on a GPU (not part of any step's time)."""
         if padding in self._graphs:
-            return
+            return False
         few = [query <= self._short_tile for query in batch.query_lens]
         kernels = (any(slot != NO_SLOT for slot in batch.slots), any(few), not all(few))
         if padding is None and kernels in self._warm:
-            return
+            return False
         inputs = self.layout(batch)
         self._held_tables = [()] * self.limits.max_num_seqs
         if padding is not None:
@@ -270,6 +281,7 @@ class LiveBackend:
                 self._graphs.popitem(last=False)
         self.decoder.last_token.copy_(saved)
         self._synchronize()
+        return True
 
     def _synchronize(self) -> None:
         if self.on_cuda:

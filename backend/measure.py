@@ -19,14 +19,16 @@ from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.contention import facts as contention_facts
 from backend.contention import measure_contention
 from backend.errors import BackendError
-from backend.fitting import accuracy, composition, load_curve, measured
+from backend.fitting import accuracy, composition, features_of, load_curve, measured
 from backend.gpu_watch import watching
+from backend.heat_fit import NO_HEAT, HeatFit, fit_heat
 from backend.live import GRAPH_SIZES, LiveBackend
 from backend.load_turns import TURNS, LoadTurns
 from backend.memory import memory_plan
+from backend.predictor import Predictor
 from backend.profile import Profile, measured_facts, write_profile
 from backend.regression import Engine, fit_predictor
-from backend.rounds import DECODE_TURNS, Rounds, measure_rounds
+from backend.rounds import DECODE_TURNS, Rounds, measure_rounds, seconds_of
 
 if TYPE_CHECKING:
     from backend.geometry import ModelGeometry
@@ -144,7 +146,7 @@ def measure_profile(
         kinds, batches = zip(*compositions(room, small=quick or device == "cpu"), strict=True)
         turns = load_turns(backend, room, 2 if quick else 4)
         with watching(enabled=device == "cuda") as watch:
-            timings = measure_rounds(
+            executed = measure_rounds(
                 backend, batches, ROUNDS, rounds=rounds, between=between or (lambda: None), loads=turns
             )
         turns.close()
@@ -152,14 +154,29 @@ def measure_profile(
         contention = measure_contention(backend, room, ALL_MODULES) if device == "cuda" else None
     finally:
         backend.close()
-    steps = pd.DataFrame({"kind": kinds}).join(pd.DataFrame([composition(b, ranks) for b in batches])).join(timings)
+    graph_sizes = GRAPH_SIZES if device == "cuda" else ()
+    table = pd.DataFrame({"kind": kinds}).join(pd.DataFrame([composition(b, ranks) for b in batches]))
+    steps, heat = rested(table, executed, graph_sizes)
+    facts["heat_explains"] = round(heat.explained, 3)
     if contention is not None:
         facts["contention"] = contention_facts(contention)
     facts |= {**watch.facts, "measuring_s": round(time.perf_counter() - started, 1)}
-    profile = profile_from(out.name, gpu_bytes, GRAPH_SIZES if device == "cuda" else (), steps, loads, facts)
+    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, facts, heat)
     write_profile(profile, steps, loads, out)
     rounds.remove()
     return profile
+
+
+def rested(table: pd.DataFrame, executed: pd.DataFrame, graph_sizes: Sequence[int]) -> tuple[pd.DataFrame, HeatFit]:
+    """Steps with their seconds on a rested GPU, and what heat did to them (`backend.heat_fit`), told from those that the fit may see.
+
+    `table`: `kind` and what `composition` says of each step; `executed`: what `measure_rounds` returned.
+    """
+    features, placing = features_of(table), Predictor(tuple(graph_sizes), {})
+    tokens, regimes = [f.rows for f in features], [placing.regime(f)[0] for f in features]
+    heat = fit_heat(executed, tokens, regimes, (table["kind"] != "held_out").tolist())
+    cooled = executed.assign(device_s=executed["device_s"] / heat.factors(executed, tokens, regimes))
+    return table.join(seconds_of(cooled)), heat
 
 
 def refit_profile(kept: Path, out: Path) -> Profile:
@@ -169,7 +186,7 @@ def refit_profile(kept: Path, out: Path) -> Profile:
     """
     if out.exists():
         raise BackendError(f"--out {out}: exists already; name a new folder")
-    gpu_bytes, graph_sizes, meta = measured_facts(kept)
+    gpu_bytes, graph_sizes, meta, heat = measured_facts(kept)
     if "limits" not in meta:
         raise BackendError(f"--refit {kept}: made from another engine's logs; make it again with --from-steps")
     tables = [kept / f"{name}.parquet" for name in ("steps", "loads")]
@@ -179,7 +196,7 @@ def refit_profile(kept: Path, out: Path) -> Profile:
     steps, loads = (pd.read_parquet(table) for table in tables)
     if "query_lens" not in steps:
         raise BackendError(f"{tables[0]}: has no column query_lens; measured by an older version, measure it again")
-    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, meta)
+    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, meta, HeatFit(*heat))
     write_profile(profile, steps, loads, out)
     return profile
 
@@ -191,10 +208,11 @@ def profile_from(
     steps: pd.DataFrame,
     loads: pd.DataFrame,
     meta: Mapping[str, object],
+    heat: HeatFit = NO_HEAT,
 ) -> Profile:
-    """Fit a profile to measured tables; rows of kind `held_out` only check it."""
+    """Fit a profile to measured tables, of a GPU that `heat` has been taken from; rows of kind `held_out` only check it."""
     fitted = steps[steps["kind"] != "held_out"]
-    predictor = fit_predictor(measured(fitted), Engine(tuple(graph_sizes)))
+    predictor = heat.on(fit_predictor(measured(fitted), Engine(tuple(graph_sizes), bands=True)))
     return Profile(
         name,
         gpu_bytes,

@@ -2,7 +2,7 @@
 
 A step costs base (by rows) + attention (by keys read) + LoRA (by adapters, ranks, rows); every term's
 coefficient is >= 0, fitted by non-negative least squares on relative error (Lawson & Hanson; scipy).
-Pure decodes, other captured steps, captured steps of more than `LONG_ROWS[1]` rows, and larger steps launched one kernel at
+Pure decodes, other captured steps, captured steps of more than `LONG_ROWS` rows, and larger steps launched one kernel at
 a time are four regimes, fitted apart.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from backend.features import FILLING_DECODES, SPLIT_DECODES, StepFeatures
+from backend.heat import UNKNOWN, Heat, HeatCurve
 from backend.profile_values import Values
 
 FloatArray = npt.NDArray[np.float64]
@@ -28,7 +29,7 @@ REGIMES = ("decode", "mixed", "long", "eager")
 TERMS = (
     "kv_tokens", "kv_tail", "prefill_keys", "prefill_tail",
     "requests", "active_adapters", "rank_sum", "max_rank", "lora_tiles", "row_rank", "idle_slots",
-    "slot_tiles", "wide_adapters", "prompt_rows", "beside_ranks", "tile_ranks", "rank_rows", "both_kinds",
+    "slot_tiles", "wide_adapters", "prompt_rows", "rank_rows", "both_kinds",
 )  # fmt: skip
 """The terms after the two hats, in the order of `Regime.terms`; attention's come first."""
 
@@ -38,12 +39,19 @@ GRID_ROWS = 64
 WIDE_ROWS = 128
 """From so many rows on vLLM's LoRA shrink splits its sums 8 times instead of 64 (`get_lora_op_configs`): adapters cost less."""
 
-BESIDE_ROWS = (64, 128)
-"""Steps of more rows than the first, up to the second, have adapters added by few warps beside the base product (`sgmv/base_linear.py`)."""
+LONG_ROWS = 1024
+"""Captured steps of more rows are a regime of their own."""
 
-LONG_ROWS = (512, 1024)
-"""Captured steps between these have the long segments' kernels for adapters of few rows, too (`sgmv/tilings.py`); longer ones are a
-regime of their own."""
+BANDS = (8, 16, 32, 64, 128, 256, 512)
+"""Rows up to which steps have the same LoRA kernels, or all but (`sgmv/base_linear.py`, `sgmv/tilings.py`), and beyond the last: what
+adapters cost jumps between them."""
+
+BAND_TERMS = ("active_adapters", "rank_sum", "row_rank", "padded_ranks")
+"""The terms that bands have each for themselves, beside those of all; the last one is what ranks add up to if all are the highest, for a
+launch waits for its slowest block."""
+
+PADDED_ROWS = 64
+"""Bands beyond have no `padded_ranks`: steps of so many rows are bound by others."""
 
 _ATTENTION = 4
 
@@ -75,6 +83,11 @@ def dot(coefficients: Sequence[float], terms: Sequence[float]) -> float:
     return total
 
 
+def band_terms(f: StepFeatures) -> tuple[int, ...]:
+    """What the coefficients of a band multiply."""
+    return f.active_adapters, f.rank_sum, f.row_rank, f.max_rank * f.active_adapters
+
+
 def host_terms(f: StepFeatures) -> list[float]:
     """What the host's seconds of a step depend on: the step, whether it has adapters or follows one with prompts, its sizes, the queue."""
     flags = (1.0, 1.0 if f.active_adapters else 0.0, 1.0 if f.after_prompts else 0.0)
@@ -86,7 +99,9 @@ class Regime:
     """One regime's fit: knots over rows, coefficients for device and host seconds, and the measured range.
 
     `knots`: of the base model; `lora_knots`: of what LoRA costs at all, where steps with and without it were measured;
-    `lora_rows`: rows that LoRA kernels take together, whole or not;
+    `lora_rows`: rows that LoRA kernels take together, whole or not; `heat`: by what share of itself a step takes longer for each unit of
+    heat (`backend/heat.py`): what the fit says of the device is of a rested one; `bands`: coefficients of `BAND_TERMS`, band by band
+    (none: the kernels are not ours);
     `launch`: seconds in which the host launches the kernels one by one; the device works beside it, and the longer counts.
     """
 
@@ -98,6 +113,18 @@ class Regime:
     high: Mapping[str, float]
     launch: tuple[float, ...] = ()
     lora_rows: int = 1
+    heat: float = 0.0
+    bands: tuple[float, ...] = ()
+
+    def device_s(self, f: StepFeatures, size: int) -> float:
+        """Seconds of the device, a rested one; `size` is the row count the step is executed at."""
+        return dot(self.device, self.terms(f, size)) + self._band_s(f, size)
+
+    def _band_s(self, f: StepFeatures, size: int) -> float:
+        if not (self.bands and f.active_adapters):
+            return 0.0
+        first = bisect_left(BANDS, size) * len(BAND_TERMS)
+        return dot(self.bands[first : first + len(BAND_TERMS)], band_terms(f))
 
     def terms(self, f: StepFeatures, size: int) -> list[float]:
         """The features that coefficients multiply; `size` is the row count the step is executed at."""
@@ -122,8 +149,6 @@ class Regime:
             (f.idle_slots + f.active_adapters) * -(-size // GRID_ROWS),
             f.active_adapters if size >= WIDE_ROWS else 0,
             f.rows - f.decodes if f.active_adapters else 0,
-            f.rank_sum if BESIDE_ROWS[0] < size <= BESIDE_ROWS[1] else 0,
-            f.rank_sum if LONG_ROWS[0] < size <= LONG_ROWS[1] else 0,
             f.max_rank * f.rows,
             1 if f.decodes and not f.decode_only else 0,
         ]
@@ -139,7 +164,7 @@ class Regime:
         return {
             "base": sum(base) + rest[_ATTENTION],
             "attention": sum(rest[:_ATTENTION]) + rest[-1],
-            "lora": sum(lora) + sum(rest[_ATTENTION + 1 : -1]),
+            "lora": sum(lora) + sum(rest[_ATTENTION + 1 : -1]) + self._band_s(f, size),
         }
 
     def contains(self, f: StepFeatures) -> bool:
@@ -151,28 +176,45 @@ class Regime:
 class Predictor:
     """Predicts a step's device and host seconds; `graph_sizes` is empty where nothing is replayed as a graph.
 
-    `regimes`: by name, `decode`, `mixed` and `long` (captured) and `eager` (not); the latter is always there.
+    `regimes`: by name, `decode`, `mixed` and `long` (captured) and `eager` (not); the latter is always there. `heat`: what is known
+    of how steps heat those after them (`backend/heat.py`).
     """
 
     graph_sizes: tuple[int, ...]
     regimes: Mapping[str, Regime]
+    heat: HeatCurve = UNKNOWN
 
     def regime(self, f: StepFeatures) -> tuple[str, int]:
         """A step's regime, and the row count it is executed at."""
         if not self.graph_sizes or f.rows > self.graph_sizes[-1]:
             return "eager", f.rows
         size = self.graph_sizes[bisect_left(self.graph_sizes, f.rows)]
-        return "decode" if f.decode_only else "long" if size > LONG_ROWS[1] else "mixed", size
+        return "decode" if f.decode_only else "long" if size > LONG_ROWS else "mixed", size
 
     def _fitted(self, name: str) -> Regime:
         """The regime that stands for `name`: profiles of engines whose steps did not tell it apart lack some."""
         spare = self.regimes.get("mixed") if name == "long" else None
         return self.regimes.get(name) or spare or self.regimes["eager"]
 
-    def predict(self, f: StepFeatures) -> tuple[float, float, bool]:
-        """(device_s, host_s, whether the step lies outside the measured range)."""
+    def predict(self, f: StepFeatures, heat: Heat | None = None, idle_s: float = 0.0) -> tuple[float, float, bool]:
+        """(device_s, host_s, whether the step lies outside the measured range), on a rested device.
+
+        With `heat`: on a device of that heat, after `idle_s` without a step; it is left as the step leaves it.
+        """
         regime, device, launch, host = self.split(f)
-        return max(device, launch) if regime.launch else device, host, not regime.contains(f)
+        device = max(device, launch) if regime.launch else device
+        if heat is not None:
+            device = heat.step(device, regime.heat, f.rows, idle_s + host)
+        return device, host, not regime.contains(f)
+
+    def predict_lasting(self, f: StepFeatures) -> tuple[float, float, bool]:
+        """The same of a step that follows on itself for good, as decodes do."""
+        device, host, outside = self.predict(f)
+        return self.heat.lasting_s(device, self.split(f)[0].heat, f.rows), host, outside
+
+    def new_heat(self) -> Heat | None:
+        """The heat of a rested device; None where nothing is known of it."""
+        return Heat(self.heat) if self.heat.tau_s else None
 
     def split(self, f: StepFeatures) -> tuple[Regime, float, float, float]:
         """The step's regime, and the seconds of its kernels, of the launches beside them (0: not known), and of the host's rest."""
@@ -180,7 +222,7 @@ class Predictor:
         regime = self._fitted(name)
         terms = host_terms(f)
         launch = dot(regime.launch, terms) if regime.launch else 0.0
-        return regime, dot(regime.device, regime.terms(f, size)), launch, dot(regime.host, terms)
+        return regime, regime.device_s(f, size), launch, dot(regime.host, terms)
 
     def parts(self, f: StepFeatures) -> dict[str, float]:
         """Device seconds by what causes them (`Regime.parts`)."""
@@ -190,7 +232,7 @@ class Predictor:
     def to_json(self) -> dict[str, object]:
         """Plain data for `profile.json`."""
         regimes = {k: {f.name: getattr(r, f.name) for f in fields(Regime)} for k, r in self.regimes.items()}
-        return {"graph_sizes": list(self.graph_sizes), "regimes": regimes}
+        return {"graph_sizes": list(self.graph_sizes), "heat": asdict(self.heat), "regimes": regimes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Predictor:
@@ -204,7 +246,22 @@ class Predictor:
             raise ValueError(
                 f"predictor.regimes has {', '.join(regimes.data)}, must have {REGIMES[-1]}, of {', '.join(REGIMES)}"
             )
-        return cls(tuple(map(int, sizes)), {name: _regime(regimes.table(name)) for name in regimes.data})
+        heat = heat_curve(values)
+        return cls(tuple(map(int, sizes)), {name: _regime(regimes.table(name)) for name in regimes.data}, heat)
+
+
+def _bands(values: Values) -> tuple[float, ...]:
+    count = (len(BANDS) + 1) * len(BAND_TERMS)
+    given = values.numbers("bands", most=count) if "bands" in values.data else ()
+    return values.numbers("bands", least=count) if given else ()
+
+
+def heat_curve(predictor: Values) -> HeatCurve:
+    """What a predictor's file says of heat; those of before say nothing. Raises `ValueError` naming the key that is wrong."""
+    if "heat" not in predictor.data:
+        return UNKNOWN
+    values = predictor.table("heat")
+    return HeatCurve(values.number("tau_s", least=0), values.number("spare", least=0))
 
 
 def _regime(values: Values) -> Regime:
@@ -226,4 +283,6 @@ def _regime(values: Values) -> Regime:
         high=high,
         launch=launch + (0.0,) * (HOST_TERMS - len(launch) if launch else 0),
         lora_rows=values.whole("lora_rows", least=1),
+        heat=values.number("heat", least=0) if "heat" in values.data else 0.0,
+        bands=_bands(values),
     )

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
-from backend.predictor import Predictor
+from backend.heat import HeatCurve
+from backend.predictor import Predictor, heat_curve
 from backend.profile_values import Values
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 2
+FORMAT = 3
 FITTED = ("format", "name", "gpu_bytes", "accuracy", "stage", "load", "predictor")
 """Keys of the file that are no facts about the measurement (`Profile.meta`)."""
 
@@ -168,19 +169,30 @@ def _accuracy(values: Values) -> dict[str, float]:
     }
 
 
-def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object]]:
-    """What a profile folder of any format says of its measurement: GPU bytes, graph sizes, and `Profile.meta`."""
+def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object], tuple[HeatCurve, dict[str, float]]]:
+    """What a profile folder of any format says of its measurement: GPU bytes, graph sizes, `Profile.meta`, and heat: its curve and each
+    regime's slope (none in those that know none).
+    """
     path = folder / "profile.json"
     if not path.is_file():
         raise BackendError(f"{folder}: has no profile.json")
     data = _parsed(path.read_text(), str(path))
     try:
         values = Values(data)
-        sizes = values.table("predictor").numbers("graph_sizes", rising=True)
+        predictor = values.table("predictor")
+        sizes = predictor.numbers("graph_sizes", rising=True)
         meta = {key: value for key, value in data.items() if key not in FITTED}
-        return values.whole("gpu_bytes", least=1), [int(size) for size in sizes], meta
+        return values.whole("gpu_bytes", least=1), [int(size) for size in sizes], meta, _heat(predictor)
     except ValueError as error:
         raise BackendError(f"{path}: not a profile: {error}; measure it again") from error
+
+
+def _heat(predictor: Values) -> tuple[HeatCurve, dict[str, float]]:
+    curve = heat_curve(predictor)
+    if not curve.tau_s:
+        return curve, {}
+    regimes = predictor.table("regimes")
+    return curve, {name: regimes.table(name).number("heat", least=0) for name in regimes.data}
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,20 @@ import numpy as np
 
 from backend.errors import BackendError
 from backend.features import StepFeatures
-from backend.predictor import BOUNDED, REGIMES, TERMS, FloatArray, Predictor, Regime, hat, host_terms
+from backend.predictor import (
+    BAND_TERMS,
+    BANDS,
+    BOUNDED,
+    PADDED_ROWS,
+    REGIMES,
+    TERMS,
+    FloatArray,
+    Predictor,
+    Regime,
+    band_terms,
+    hat,
+    host_terms,
+)
 
 _LEAN = frozenset({"prefill_keys", "active_adapters", "wide_adapters"})
 """Those that a sparse table, of one rank and one context, can tell apart."""
@@ -47,13 +61,15 @@ class Engine:
 
     `seconds_per_key`: what reading one cached key costs, for sparse tables in which contexts do not vary: it is taken as
     given, and only terms that such a table can tell apart are fitted. `lora_rows`: see `Regime`. `seconds_per_slot_tile`: what the
-    blocks of a slot take in all LoRA kernels for 64 rows, measured apart: a table of one `max_loras` does not tell.
+    blocks of a slot take in all LoRA kernels for 64 rows, measured apart: a table of one `max_loras` does not tell. `bands`: its LoRA kernels
+    are ours, which differ by the rows of a step (`predictor.BANDS`).
     """
 
     graph_sizes: tuple[int, ...]
     seconds_per_key: float | None = None
     lora_rows: int = 1
     seconds_per_slot_tile: float = 0.0
+    bands: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +109,24 @@ def fit_regime(
         # An adapter of a wide step costs no less than nothing, but less than one of a narrow step: two columns, then a difference.
         matrix[:, each] -= matrix[:, wide]
     given[first + TERMS.index("slot_tiles")] = engine.seconds_per_slot_tile
-    device = list(_nonnegative(matrix, measured.device_s, weight, given))
+    width = matrix.shape[1]
+    if engine.bands:
+        matrix = np.hstack([matrix, _band_columns(steps, sizes)])
+        padded = range(width + len(BAND_TERMS) * (1 + BANDS.index(PADDED_ROWS)), matrix.shape[1])
+        given |= {i: 0.0 for i in padded if (i - width) % len(BAND_TERMS) == BAND_TERMS.index("padded_ranks")}
+    fitted = _nonnegative(matrix, measured.device_s, weight, given)
+    device = list(fitted[:width])
     if engine.seconds_per_key is not None:
         device[wide] -= device[each]
-    return replace(empty, device=tuple(device), host=fit_host(steps, measured.host_s, weight))
+    return replace(empty, device=tuple(device), host=fit_host(steps, measured.host_s, weight), bands=fitted[width:])
+
+
+def _band_columns(steps: Sequence[StepFeatures], sizes: Sequence[int]) -> FloatArray:
+    """The terms of each step in the columns of its band."""
+    columns = np.zeros((len(steps), len(BANDS) + 1, len(BAND_TERMS)))
+    for i, (f, size) in enumerate(zip(steps, sizes, strict=True)):
+        columns[i, bisect_left(BANDS, size)] = band_terms(f)
+    return columns.reshape(len(steps), -1)
 
 
 def fit_host(steps: Sequence[StepFeatures], seconds: FloatArray, weight: FloatArray) -> tuple[float, ...]:
@@ -157,7 +187,7 @@ def _fit_eager(part: Measured, captured: Measured, engine: Engine, online: Measu
     if not part.launch_s.any():
         sizes = [f.rows for f in part.steps]
         base_only = _base_only(part, sizes)
-        return fit_regime(part, sizes, _thinned([min(sizes), *base_only]), _thinned(base_only), engine)
+        return fit_regime(part, sizes, _thinned(sorted({min(sizes), *base_only})), _thinned(base_only), engine)
     waited = [part.at(np.flatnonzero(part.device_s > WAITED_S).tolist())]
     if online is not None:
         waited.append(online.at(np.flatnonzero(online.device_s > WAITED_S).tolist()))

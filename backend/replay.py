@@ -26,6 +26,8 @@ class ReplayBackend:
         self.num_gpu_blocks = num_gpu_blocks
         self.slot_ranks: dict[int, int] = {}
         self.after_prompts = False
+        predictor = profile.predictor
+        self.heat = predictor.new_heat() if isinstance(predictor, Predictor) else None
 
     @property
     def step_costs(self) -> tuple[Predictor, float] | None:
@@ -61,12 +63,16 @@ class ReplayBackend:
         return LoadTiming(self.profile.load.seconds(nbytes), nbytes)
 
     def execute(self, batch: StepBatch) -> StepTiming:
-        """The predicted time of the step."""
+        """The predicted time of the step, on a GPU as hot as the steps before have left it."""
         features = StepFeatures.of(
             batch, self.slot_ranks, after_prompts=self.after_prompts, max_loras=self.limits.max_loras
         )
         self.after_prompts = not features.decode_only
-        device_s, host_s, extrapolated = self.profile.predictor.predict(features)
+        predictor = self.profile.predictor
+        if self.heat is None:
+            device_s, host_s, extrapolated = predictor.predict(features)
+        else:
+            device_s, host_s, extrapolated = predictor.predict(features, self.heat, batch.idle_s)
         return StepTiming(device_s, host_s, extrapolated)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Measuring steps in rounds: every composition, in an order of its own, round after round.
 
-How long a step takes depends on what ran before it: at its power limit a GPU lowers its clock after prompts, and raises it again
-in decodes. So they are mixed in one order without a pause, as an engine's are, and decodes come `DECODE_TURNS` times in each
-round, one after the other: each once, the GPU would be at prompts most of the time, and every step of another CUDA graph
+How long a step takes depends on what ran before it (`backend.heat`). So they are mixed in one order without a pause, as an
+engine's are, and in another one each round, which tells what the steps before did; and decodes come `DECODE_TURNS` times in
+each round, one after the other: each once, the GPU would be at prompts most of the time, and every step of another CUDA graph
 than the one before, which an engine's decodes seldom are. The host takes longer for such a step, so that the first of them is
 left out of its mean. Adapters are read and copied among them (`backend.load_turns`).
 Rounds that were finished are kept in a folder, so that a measurement that was killed goes on with the round it was in.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,10 @@ DECODE_TURNS = 4
 """How often a round executes each composition that has no prompt, on end."""
 
 
-COLUMNS = ["composition", "device_s", "host_s", "on_end"]
-"""Of a finished round, a row a step: the composition's number, seconds, and whether the step before had the same composition."""
+COLUMNS = ["composition", "start_s", "device_s", "host_s", "on_end"]
+"""Of a finished round, a row a step in their order: the composition's number, when it began on the host's clock, seconds, and whether the
+step before had the same composition.
+"""
 
 
 class Executes(Protocol):
@@ -44,6 +47,10 @@ class Executes(Protocol):
 
     def is_new(self, batch: StepBatch) -> bool:
         """Whether the step's first use takes longer than later ones."""
+        ...
+
+    def prepare(self, batch: StepBatch) -> object:
+        """Do what belongs to that first use."""
         ...
 
     def execute(self, batch: StepBatch) -> StepTiming:
@@ -100,9 +107,7 @@ def measure_rounds(
     loads: LoadTurns | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Seconds of each batch over `count` rounds: the median `device_s`, the mean `host_s`, their sum `elapsed_s`, and
-    `p10_s, p90_s` of the whole step. The host's times have a tail, and a run is as long as all of them together; of steps that came
-    several times on end the first is not in the mean.
+    """The steps of `count` rounds in their order: `COLUMNS` and `round`.
 
     What is not yet in `rounds` is executed, with `between` before every step and `loads` at even distances, after a first
     pass over all batches that are new, which is not timed (graphs are captured, kernels compiled).
@@ -111,13 +116,21 @@ def measure_rounds(
     if missing:
         for batch in tqdm(batches, desc="first use", disable=not sys.stderr.isatty(), unit="step"):
             if backend.is_new(batch):
-                backend.execute(batch)
+                backend.prepare(batch)
     for number in missing:
         rng = np.random.default_rng((seed, number))
         asides = loads.of_round(number) if loads else []
         rounds.keep(number, *_one_round(backend, batches, between, asides, rng, f"round {number + 1} of {count}"))
-    steps = pd.concat([table for number in range(count) if (table := rounds.done(number)) is not None])
-    steps["elapsed_s"] = steps["device_s"] + steps["host_s"]
+    done = {number: table for number in range(count) if (table := rounds.done(number)) is not None}
+    return pd.concat([table.assign(round=number) for number, table in done.items()], ignore_index=True)
+
+
+def seconds_of(steps: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of each composition: the median `device_s`, the mean `host_s`, their sum `elapsed_s`, and `p10_s, p90_s` of the whole
+    step. The host's times have a tail, and a run is as long as all of them together; of steps that came several times on end
+    the first is not in the mean.
+    """
+    steps = steps.assign(elapsed_s=steps["device_s"] + steps["host_s"])
     of = steps.groupby("composition")
     host = steps[steps["on_end"]].groupby("composition")["host_s"].mean().combine_first(of["host_s"].mean())
     seconds = pd.DataFrame({"device_s": of["device_s"].median(), "host_s": host})
@@ -144,7 +157,7 @@ def _one_round(
     rng: np.random.Generator,
     name: str,
 ) -> tuple[pd.DataFrame, list[Move]]:
-    rows: list[tuple[int, float, float, bool]] = []
+    rows: list[tuple[int, float, float, float, bool]] = []
     moves: list[Move] = []
     order, due = _order(batches, rng), defaultdict(list)
     for k, aside in enumerate(asides):
@@ -154,6 +167,7 @@ def _one_round(
             moves += aside()
         backend.hold_tables(batches[i])
         between()
-        timing = backend.execute(again(batches[i]))
-        rows.append((i, timing.device_s, timing.host_s, bool(rows) and rows[-1][0] == i))
+        step, start_s = again(batches[i]), time.perf_counter()
+        timing = backend.execute(step)
+        rows.append((i, start_s, timing.device_s, timing.host_s, bool(rows) and rows[-1][0] == i))
     return pd.DataFrame(rows, columns=COLUMNS), moves

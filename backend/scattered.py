@@ -35,6 +35,9 @@ class ScatteredReplay(ReplayBackend):
         self.after_prompts = not features.decode_only
         regime, device_s, launch_s, host_s = self.profile.predictor.split(features)
         ratio = self._host.ratio(launched=bool(regime.launch))
-        timing = StepTiming(max(device_s, ratio * launch_s), ratio * host_s, not regime.contains(features))
+        device_s = max(device_s, ratio * launch_s)
+        if self.heat is not None:
+            device_s = self.heat.step(device_s, regime.heat, features.rows, batch.idle_s + ratio * host_s)
+        timing = StepTiming(device_s, ratio * host_s, not regime.contains(features))
         self._host.passed(timing.elapsed_s)
         return timing

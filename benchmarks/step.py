@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             compare_prefill(pd.read_csv(prompts), args.vllm)
         if args.profile:
             tables = pd.read_csv(args.out), pd.read_csv(prompts)
-            compare_profile(*tables, args.profile, load_geometry(args.geometry), LIMITS, RANK)
+            compare_profile(*tables, args.profile, LIMITS, RANK)
         traced = args.out.with_name(f"{args.out.stem}_kernels.csv")
         if traced.is_file():
             show_kernels(pd.read_csv(traced))

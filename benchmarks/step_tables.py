@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from backend.base import AdapterShape, EngineLimits, StepBatch
-from backend.geometry import ModelGeometry
-from backend.measure import ALL_MODULES
+from backend.base import EngineLimits, StepBatch
+from backend.features import StepFeatures
 from backend.profile import load_profile
-from backend.replay import ReplayBackend
 
 
 def _geomean(values: pd.Series[float]) -> float:
@@ -60,26 +58,25 @@ def compare_prefill(ours: pd.DataFrame, vllm: Path) -> pd.DataFrame:
     return both
 
 
-def _predictor(profile: str, geometry: ModelGeometry, limits: EngineLimits, rank: int) -> Callable[..., float]:
-    """Milliseconds that the profile says of a step of (tokens, context) requests over so many adapters in turn."""
-    replay = ReplayBackend(load_profile(profile), geometry, limits, 0)
-    for slot in range(limits.max_loras):
-        replay.load(AdapterShape(slot + 1, rank, ALL_MODULES), slot)
+def _predictor(profile: str, limits: EngineLimits, rank: int) -> Callable[..., float]:
+    """Milliseconds that the profile says of a step of (tokens, context) requests over so many adapters in turn, one like the other."""
+    predictor = load_profile(profile).predictor
+    ranks = dict.fromkeys(range(limits.max_loras), rank)
 
     def predict(query: list[int], context: int, adapters: int) -> float:
         count = len(query)
         slots = tuple(i % adapters if adapters else -1 for i in range(count))
         step = StepBatch(tuple(query), (context,) * count, slots, (True,) * count, ())
-        return replay.execute(step).elapsed_s * 1e3
+        return sum(predictor.predict_lasting(StepFeatures.of(step, ranks, max_loras=limits.max_loras))[:2]) * 1e3
 
     return predict
 
 
 def compare_profile(
-    decodes: pd.DataFrame, prompts: pd.DataFrame, profile: str, geometry: ModelGeometry, limits: EngineLimits, rank: int
+    decodes: pd.DataFrame, prompts: pd.DataFrame, profile: str, limits: EngineLimits, rank: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Print steps that were repeated, as these are, over what a profile says of them, whose steps came in random order."""
-    predict = _predictor(profile, geometry, limits, rank)
+    predict = _predictor(profile, limits, rank)
     grid = decodes[decodes["context"] == 490].copy()
     cells = zip(grid["B"], grid["D"], strict=True)
     grid["over_profile"] = grid["median_ms"] / [predict([1] * size, 506, adapters) for size, adapters in cells]

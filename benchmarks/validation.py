@@ -81,9 +81,10 @@ The same scenario executed step by step on our own backend and replayed from its
 (`python -m benchmarks.live_vs_replay demo-azure --profile {profile} --duration-s {duration_s:.0f}`, {gpu}, {date}).
 `longer_steps` is how far the replay would move if every step took 1 % longer: what queues waits for all that goes before it.
 `drawn_loads_p10`, `_p90`: between which it moves in eight of ten replays whose adapter loads are drawn from those measured.
+`as_it_was`: what a replay is off by that has the live run's own loads and a host as fast as its was.
 """
 
-SHARES = ("difference", "longer_steps", "drawn_loads_p10", "drawn_loads_p90")
+SHARES = ("difference", "longer_steps", "drawn_loads_p10", "drawn_loads_p90", "as_it_was")
 """Its columns that are relative."""
 
 SINCE = """The profile has been measured anew since (faster kernels or reads from disk, see CHANGELOG.md), the comparison has not.
@@ -151,7 +152,9 @@ def live_against_replay(file: Path) -> str:
     if data.get("profile_measured") != measured_when(data["profile"]):
         parts.append(SINCE)
     for name in [key for key, value in data.items() if isinstance(value, dict) and "completed" in value]:
-        rows = [{"metric": key, **value} for key, value in data[name].items() if isinstance(value, dict)]
+        rows = [
+            {"metric": key, **value} for key, value in data[name].items() if isinstance(value, dict) and "live" in value
+        ]
         parts += [f"{name}:\n", markdown(pd.DataFrame(rows).astype({"live": float, "replay": float}), SHARES) + "\n"]  # fmt: skip
         if kinds := data[name].get("by_kind"):
             parts.append(f"Mean milliseconds of a step's parts, by its kind:\n\n{markdown(pd.DataFrame(kinds), ())}\n")

@@ -118,14 +118,11 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
+    from backend.profile_quality import quality
+
     profile = _refitted(args) if args.refit else _measured(args)
-    facts = profile.accuracy
-    print(f"held-out steps: {facts['steps']}, MAPE {facts['mape']:.2%}, p95 {facts['p95']:.2%}")
-    if facts["spread"]:
-        print(f"repeats of one step: p10 to p90 {facts['spread']:.2%} apart (median)")
-    by_regime = profile.meta.get("accuracy_by_regime")
-    for name, part in by_regime.items() if isinstance(by_regime, dict) else ():
-        print(f"  {name}: {part['steps']}, MAPE {part['mape']:.2%}, p95 {part['p95']:.2%}")
+    for line in quality(profile):
+        print(line)
     print(args.out)
 
 

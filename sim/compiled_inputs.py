@@ -9,7 +9,7 @@ import numpy as np
 
 from backend.base import TILE_ROWS, AdapterShape, Backend
 from backend.features import DECODES_AT_ONCE, FEW_DECODES, FILLING_DECODES, PREFILL_TILE, SPLIT_DECODES, TILES_AT_ONCE
-from backend.predictor import BESIDE_ROWS, BOUNDED, GRID_ROWS, LONG_ROWS, WIDE_ROWS, Predictor
+from backend.predictor import BANDS, BOUNDED, GRID_ROWS, LONG_ROWS, WIDE_ROWS, Predictor
 from sim.config import EngineConfig
 from workloads.adapters import Catalogue
 from workloads.requests import RequestTable
@@ -84,12 +84,11 @@ def _costs(predictor: Predictor, factor: float) -> Any:
         TILES_AT_ONCE,
         GRID_ROWS,
         WIDE_ROWS,
-        *BESIDE_ROWS,
-        *LONG_ROWS,
+        LONG_ROWS,
     )
-    out = _native.StepCosts(predictor.graph_sizes, sizes, factor)
+    out = _native.StepCosts(predictor.graph_sizes, sizes, BANDS, factor, predictor.heat.tau_s, predictor.heat.spare)
     for name, r in predictor.regimes.items():
         low = [r.low.get(key, -np.inf) for key in BOUNDED]
         high = [r.high.get(key, np.inf) for key in BOUNDED]
-        out.regime(name, r.knots, r.lora_knots, r.device, r.host, r.launch, low, high, r.lora_rows)
+        out.regime(name, r.knots, r.lora_knots, r.device, r.host, r.launch, low, high, r.lora_rows, r.heat, r.bands)
     return out

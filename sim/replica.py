@@ -199,7 +199,8 @@ class Replica:
                 stage_s += seconds
         if self.check:
             check_step(self.scheduler, self.manager, plan, self.lane.loading)
-        timing = self.backend.execute(self._batch(plan))
+        idle_s = max(0.0, self.env.now + stage_s + copy_s - self._gpu_free_s)
+        timing = self.backend.execute(self._batch(plan, idle_s))
         if self.lane.loading:
             slower = self.contention.of_step(plan.tokens)
             timing = dataclasses.replace(timing, device_s=timing.device_s * slower)
@@ -245,14 +246,14 @@ class Replica:
         a = self.catalogue[adapter_id]
         return AdapterShape(a.adapter_id, a.rank, a.target_modules, a.folder, a.scaling)
 
-    def _batch(self, plan: StepPlan) -> StepBatch:
+    def _batch(self, plan: StepPlan, idle_s: float) -> StepBatch:
         slots = self.manager.slots
         batch = plan.scheduled
         lengths = tuple([item.tokens for item in batch]), tuple([item.computed for item in batch])
         in_slots = tuple([slots[i.state.adapter] if i.state.adapter != BASE else NO_SLOT for i in batch])
         samples = tuple([item.samples for item in batch])
         if not self.live:
-            return StepBatch(*lengths, in_slots, samples, skipped=len(plan.skipped))
+            return StepBatch(*lengths, in_slots, samples, skipped=len(plan.skipped), idle_s=idle_s)
         tables = tuple([tuple(item.state.blocks) for item in batch])
         decodes = tuple([i.tokens == 1 and i.computed >= i.state.request.prompt_tokens for i in batch])
         return StepBatch(*lengths, in_slots, samples, tables, decodes)

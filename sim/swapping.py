@@ -64,17 +64,21 @@ class SwappedModels(ReplayBackend):
         rows: dict[int, list[int]] = {}
         for i, slot in enumerate(batch.slots):
             rows.setdefault(slot, []).append(i)
-        steps = [super(SwappedModels, self).execute(_of(batch, some)) for some in rows.values()]
+        idle_s = (batch.idle_s, *[0.0] * (len(rows) - 1))
+        steps = [
+            super(SwappedModels, self).execute(_of(batch, some, idle))
+            for some, idle in zip(rows.values(), idle_s, strict=True)
+        ]
         device_s, host_s = sum(step.device_s for step in steps), max(step.host_s for step in steps)
         return StepTiming(device_s, host_s, any(step.extrapolated for step in steps))
 
 
-def _of(batch: StepBatch, rows: Sequence[int]) -> StepBatch:
+def _of(batch: StepBatch, rows: Sequence[int], idle_s: float) -> StepBatch:
     """Some requests of a step, as those of a merged model."""
     query, context, samples = (
         tuple(column[i] for i in rows) for column in (batch.query_lens, batch.context_lens, batch.samples)
     )
-    return StepBatch(query, context, (NO_SLOT,) * len(rows), tuple(map(bool, samples)))
+    return StepBatch(query, context, (NO_SLOT,) * len(rows), tuple(map(bool, samples)), idle_s=idle_s)
 
 
 def blocks_without_lora(geometry: ModelGeometry, limits: EngineLimits, gpu_bytes: int, resident: int = 1) -> int:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from backend.base import EngineLimits
 from backend.geometry import load_geometry
-from backend.predictor import BOUNDED, HOST_TERMS, LONG_ROWS, TERMS, Predictor, Regime
+from backend.heat import HeatCurve
+from backend.predictor import BAND_TERMS, BANDS, BOUNDED, HOST_TERMS, LONG_ROWS, TERMS, Predictor, Regime
 from backend.profile import LoadCurve, Profile, load_profile, shipped_profiles
 from backend.replay import ReplayBackend
 from sim import compiled_inputs
@@ -97,13 +98,17 @@ def profile_of(w: dict) -> Profile:
         bounds = {k: float(rng.integers(0, 200)) for k in BOUNDED[: rng.integers(0, len(BOUNDED))]}
         return Regime(
             knots, lora_knots, tuple(device), tuple(rng.random(HOST_TERMS) * 1e-4), dict.fromkeys(bounds, 0.0), bounds,
-            tuple(rng.random(HOST_TERMS) * 1e-3) if launch else (), int(rng.choice([1, 32])),
+            tuple(rng.random(HOST_TERMS) * 1e-3) if launch else (), int(rng.choice([1, 32])), float(rng.random() * 1e-4),
+            tuple(rng.random((len(BANDS) + 1) * len(BAND_TERMS)) * 1e-6) if rng.random() < 0.5 else (),
         )  # fmt: skip
 
-    graphs = [(), (1, 2, 4, 8), (1, 2, 4, 8, LONG_ROWS[1] + 1)][rng.integers(3)]
+    graphs = [(), (1, 2, 4, 8), (1, 2, 4, 8, LONG_ROWS + 1)][rng.integers(3)]
+    heat = HeatCurve(float(rng.choice([0.0, 0.005, 0.05])), float(rng.choice([0.0, 1e3])))
     some = [name for name in ("mixed", "long") if rng.random() < 0.5]
     regimes = {"eager": regime(True), "decode": regime(False)} | {name: regime(False) for name in some}
-    return Profile("random", 1 << 34, Predictor(graphs, regimes), LoadCurve(1e-3, 1e10), LoadCurve(1e-4, 1e11), {}, {})
+    return Profile(
+        "random", 1 << 34, Predictor(graphs, regimes, heat), LoadCurve(1e-3, 1e10), LoadCurve(1e-4, 1e11), {}, {}
+    )
 
 
 def config_of(w: dict) -> EngineConfig:

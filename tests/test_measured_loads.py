@@ -41,6 +41,9 @@ class Recorded:
     def is_new(self, batch: StepBatch) -> bool:
         return False
 
+    def prepare(self, batch: StepBatch) -> None:
+        raise AssertionError("nothing is new")
+
     def execute(self, batch: StepBatch) -> StepTiming:
         return StepTiming(self._next("step", len(batch.query_lens)), 0.0)
 

@@ -33,7 +33,7 @@ DECODE = ("predictor", "regimes", "decode")
         (("predictor", "regimes"), {}, "predictor.regimes has , must have eager"),
         ((*DECODE, "device", 3), None, "predictor.regimes.decode.device[3] is None, must be a finite number"),
         ((*DECODE, "device", 3), float("nan"), "predictor.regimes.decode.device[3] is nan, must be a finite number"),
-        ((*DECODE, "device"), [1.0], "predictor.regimes.decode.device has 1 numbers, must have 49 to 67"),
+        ((*DECODE, "device"), [1.0], "predictor.regimes.decode.device has 1 numbers, must have 49 to 65"),
         ((*DECODE, "knots"), [], "predictor.regimes.decode.knots has 0 numbers"),
         ((*DECODE, "host"), True, "predictor.regimes.decode.host is True, must be a list of numbers"),
         ((*DECODE, "low", "rows"), [], "predictor.regimes.decode.low.rows is [], must be a finite number"),

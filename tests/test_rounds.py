@@ -8,7 +8,7 @@ import pytest
 
 from backend.base import StepBatch, StepTiming
 from backend.errors import BackendError
-from backend.rounds import DECODE_TURNS, Rounds, measure_rounds
+from backend.rounds import DECODE_TURNS, Rounds, measure_rounds, seconds_of
 
 BATCHES = [StepBatch((2,) * n, (5,) * n, (-1,) * n, (True,) * n, ((0,),) * n) for n in (1, 2, 3, 4)]
 
@@ -26,6 +26,9 @@ class Clocked:
     def is_new(self, batch: StepBatch) -> bool:
         return len(batch.query_lens) not in self.seen
 
+    def prepare(self, batch: StepBatch) -> None:
+        self.seen.append(len(batch.query_lens))
+
     def execute(self, batch: StepBatch) -> StepTiming:
         if len(self.seen) == self.most:
             raise KeyboardInterrupt
@@ -39,13 +42,24 @@ class Clocked:
 
 def test_the_median_leaves_the_first_use_out(tmp_path: Path) -> None:
     backend = Clocked()
-    table = measure_rounds(backend, BATCHES, 3, rounds=Rounds(tmp_path / "part", {"gpu": "x"}))
+    table = seconds_of(measure_rounds(backend, BATCHES, 3, rounds=Rounds(tmp_path / "part", {"gpu": "x"})))
     assert table["device_s"].tolist() == pytest.approx([3e-3, 4e-3, 5e-3, 6e-3])
     assert table["elapsed_s"].tolist() == pytest.approx([3.1e-3, 4.1e-3, 5.1e-3, 6.1e-3])
     assert table["p10_s"].tolist() < table["elapsed_s"].tolist() < table["p90_s"].tolist()
     orders = [tuple(backend.seen[i : i + 4]) for i in range(4, 16, 4)]
     assert all(sorted(order) == [1, 2, 3, 4] for order in orders)
     assert len(set(orders)) > 1
+
+
+def test_rounds_keep_the_order_of_their_steps_and_when_each_began(tmp_path: Path) -> None:
+    backend = Clocked()
+    rounds = Rounds(tmp_path / "part", {})
+    steps = measure_rounds(backend, BATCHES, 2, rounds=rounds)
+    assert [i + 1 for i in steps["composition"]] == backend.seen[4:]
+    assert steps["round"].tolist() == [0] * 4 + [1] * 4
+    assert steps["start_s"].is_monotonic_increasing
+    again = measure_rounds(backend, BATCHES, 2, rounds=rounds)
+    assert again.equals(steps), "read from the finished rounds"
 
 
 def test_what_is_not_new_is_executed_in_rounds_alone(tmp_path: Path) -> None:
@@ -59,7 +73,7 @@ def test_what_is_not_new_is_executed_in_rounds_alone(tmp_path: Path) -> None:
 def test_decodes_come_more_often_on_end_and_every_time_counts(tmp_path: Path) -> None:
     decode = StepBatch((1,) * 5, (5,) * 5, (-1,) * 5, (True,) * 5, ((0,),) * 5)
     backend = Clocked()
-    table = measure_rounds(backend, [*BATCHES, decode], 3, rounds=Rounds(tmp_path / "part", {}))
+    table = seconds_of(measure_rounds(backend, [*BATCHES, decode], 3, rounds=Rounds(tmp_path / "part", {})))
     assert [backend.seen.count(n) for n in (1, 2, 3, 4, 5)] == [4, 4, 4, 4, 1 + 3 * DECODE_TURNS]
     assert table["device_s"].tolist()[4] == pytest.approx(1e-3 * (5 + (1 + 3 * DECODE_TURNS) / 2))
     orders = [backend.seen[i : i + 4 + DECODE_TURNS] for i in range(5, len(backend.seen), 4 + DECODE_TURNS)]
@@ -75,7 +89,7 @@ def test_the_first_of_decodes_on_end_is_not_in_the_mean_of_the_host(tmp_path: Pa
             return StepTiming(super().execute(batch).device_s, 5e-4 if other else 1e-4)
 
     decode = StepBatch((1,) * 5, (5,) * 5, (-1,) * 5, (True,) * 5, ((0,),) * 5)
-    table = measure_rounds(SlowToBegin(), [*BATCHES, decode], 2, rounds=Rounds(tmp_path / "part", {}))
+    table = seconds_of(measure_rounds(SlowToBegin(), [*BATCHES, decode], 2, rounds=Rounds(tmp_path / "part", {})))
     assert table["host_s"].tolist()[4] == pytest.approx(1e-4)
     assert min(table["host_s"].tolist()[:4]) > 2e-4, "of others every time counts"
     assert table["elapsed_s"].tolist() == pytest.approx((table["device_s"] + table["host_s"]).tolist())

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from backend.base import StepBatch, StepTiming
-from backend.geometry import load_geometry
 from benchmarks.step import FRESH, LIMITS, PROMPTS, RANK, Bench, first, main
 from benchmarks.step_kernels import charged, part_of, show_kernels
 from benchmarks.step_tables import compare_profile
@@ -48,7 +47,7 @@ def test_what_adapters_add_is_printed_beside_none(capsys: pytest.CaptureFixture[
 def test_repeated_steps_are_held_against_a_profile() -> None:
     decodes = pd.DataFrame({"B": [4, 4], "D": [0, 1], "context": [490, 490], "median_ms": [6.0, 9.0]})
     prompts = pd.DataFrame({"tokens": [512, 512], "prompts": [1, 1], "D": [0, 1], "median_ms": [10.0, 20.0]})
-    table, rows = compare_profile(decodes, prompts, "h100-llama-3.1-8b", load_geometry("llama-3.1-8b"), LIMITS, RANK)
+    table, rows = compare_profile(decodes, prompts, "h100-llama-3.1-8b", LIMITS, RANK)
     none, one = table.loc[4]
     assert 1.2 < one / none < 1.5  # 1.5 times as long, by a profile in which an adapter takes some of it
     assert 0.5 < none < 1.5

@@ -187,7 +187,7 @@ class Engine {
         row.cached_tokens = cached;
         row.used_blocks = scheduler.pool.used();
         row.free_blocks = scheduler.pool.free();
-        clock.launch(row, costs_->predict(f), stage_s, copy_s);
+        clock.launch(row, *costs_, costs_->predict(f), stage_s, copy_s);
         after_prompts_ = !f.decode_only;
     }
 

@@ -11,7 +11,7 @@ namespace replay {
 // Constants of backend/features.py and backend/base.py, handed over by Python.
 struct FeatureSizes {
     Int tile_rows, prefill_tile, decodes_at_once, few_decodes, filling_decodes, split_decodes, tiles_at_once, grid_rows, wide_rows;
-    Int beside_from, beside_to, long_from, long_to;
+    Int long_rows;
 };
 
 struct Features {

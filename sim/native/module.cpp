@@ -103,21 +103,23 @@ PYBIND11_MODULE(_native, m) {
         }));
 
     py::class_<StepCosts, std::shared_ptr<StepCosts>>(m, "StepCosts")
-        .def(py::init([](std::vector<Int> graph_sizes, std::array<Int, 13> sizes, double factor) {
+        .def(py::init([](std::vector<Int> graph_sizes, std::array<Int, 10> sizes, std::vector<Int> bands, double factor, double tau_s,
+                         double spare) {
             StepCosts costs;
             costs.graph_sizes = std::move(graph_sizes);
-            costs.sizes = {sizes[0], sizes[1], sizes[2], sizes[3],  sizes[4],  sizes[5], sizes[6],
-                           sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]};
+            costs.sizes = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
+            costs.bands = std::move(bands);
             costs.factor = factor;
+            costs.heat = {tau_s, spare};
             return costs;
         }))
         .def("regime", [](StepCosts& costs, const std::string& name, std::vector<double> knots,
                           std::vector<double> lora_knots, std::vector<double> device, std::vector<double> host,
                           std::vector<double> launch, std::array<double, BOUNDED> low, std::array<double, BOUNDED> high,
-                          Int lora_rows) {
+                          Int lora_rows, double heat, std::vector<double> bands) {
             auto& regime = name == "eager" ? costs.eager : name == "decode" ? costs.decode : name == "long" ? costs.longer : costs.mixed;
             regime = Regime{std::move(knots), std::move(lora_knots), std::move(device), std::move(host),
-                            std::move(launch), low, high, lora_rows};
+                            std::move(launch), low, high, lora_rows, heat, std::move(bands)};
         });
 
     py::class_<Engine>(m, "Engine")

@@ -37,7 +37,7 @@ inline bool Engine::repeat(double until_s, bool last) {
     while (steps < most && !full() && (last ? at.now_s <= until_s : at.now_s < until_s)) {
         StepRow* launched = &turns[steps % 2];
         Clock then = at;
-        then.launch(*launched, decodes.next());
+        then.launch(*launched, *costs_, decodes.next());
         StepRow* landing = lags ? flying : launched;
         const double landed_s = at.landed_s(*landing);
         const Int fresh = lockstep.beginning();
@@ -53,6 +53,7 @@ inline bool Engine::repeat(double until_s, bool last) {
         ++steps;
         flying = launched;
         at.gpu_free_s = then.gpu_free_s;
+        at.heat = then.heat;
         if (landed_s > until_s) {
             land_later(latest, landed_s);
             break;

@@ -6,26 +6,33 @@
 #include <optional>
 
 #include "features.hpp"
+#include "heat.hpp"
 
 namespace replay {
 
-constexpr int REST = 16;    // terms of backend/predictor.py, TERMS, but for the first two
+constexpr int REST = 14;    // terms of backend/predictor.py, TERMS, but for the first two
 constexpr int BOUNDED = 7;  // backend/predictor.py, BOUNDED
+constexpr int BAND = 4;     // backend/predictor.py, BAND_TERMS
 
 struct Regime {
     std::vector<double> knots, lora_knots, device, host, launch;
     std::array<double, BOUNDED> low, high;
     Int lora_rows = 1;
+    double heat = 0.0;
+    std::vector<double> bands;
 };
 
-struct Timing { double device_s, host_s; bool extrapolated; };
+// Of a step on a rested GPU, and by what share of itself it takes longer for each unit of heat that tells.
+struct Timing { double device_s, host_s; bool extrapolated; double heat; };
 
 class StepCosts {
   public:
     std::vector<Int> graph_sizes;
     std::optional<Regime> eager, decode, mixed, longer;
     FeatureSizes sizes{};
+    std::vector<Int> bands;  // backend/predictor.py, BANDS
     double factor = 1.0;  // of all steps, for a what-if
+    HeatCurve heat{};
 
     Timing predict(const Features& f) const {
         Int size = f.rows;
@@ -33,14 +40,14 @@ class StepCosts {
         double device = device_s(r, f, size);
         const double host = host_s(r.host, f);
         if (!r.launch.empty()) device = std::max(device, host_s(r.launch, f));
-        return {device * factor, host * factor, !contains(r, f)};
+        return {device, host, !contains(r, f), r.heat};
     }
 
     // Decodes that are alike but for their contexts, which all grow by a token a step: what of their cost stays is added up once.
     // Only the first of them may follow a step with prompts.
     class Decodes {
       public:
-        Decodes(const StepCosts& costs, const Features& f) : costs_(costs), f_(f) {
+        Decodes(const StepCosts& costs, const Features& f) : f_(f) {
             Int size = f.rows;
             regime_ = &costs.regime(f, size);
             tail_tokens_ = f.decodes > costs.sizes.split_decodes ? std::max<Int>(0, costs.sizes.filling_decodes - f.decodes) : 0;
@@ -50,6 +57,7 @@ class StepCosts {
             const auto rest = rest_of(f, size, costs.sizes);
             for (std::size_t i = 0; i < rest.size(); ++i)
                 if (const double product = c[2 + i] * static_cast<double>(rest[i]); product != 0.0) rest_[count_++] = product;
+            band_ = costs.band_s(*regime_, f, size);
             add_up_host();
         }
         // Of one step; the next one has a token more in every context.
@@ -58,8 +66,9 @@ class StepCosts {
             device += kv_ * static_cast<double>(f_.kv_tokens);
             device += tail_ * static_cast<double>(f_.kv_tail + tail_tokens_ * f_.max_kv);
             for (int i = 0; i < count_; ++i) device += rest_[i];
+            device += band_;
             if (!regime_->launch.empty()) device = std::max(device, launch_);
-            const Timing timing{device * costs_.factor, host_ * costs_.factor, !contains(*regime_, f_)};
+            const Timing timing{device, host_, !contains(*regime_, f_), regime_->heat};
             f_.kv_tokens += f_.requests;
             f_.max_kv += 1;
             if (f_.after_prompts) {
@@ -74,11 +83,10 @@ class StepCosts {
             host_ = host_s(regime_->host, f_);
             launch_ = regime_->launch.empty() ? 0.0 : host_s(regime_->launch, f_);
         }
-        const StepCosts& costs_;
         Features f_;
         const Regime* regime_;
         Int tail_tokens_;
-        double base_ = 0.0, kv_, tail_, host_, launch_;
+        double base_ = 0.0, kv_, tail_, band_, host_, launch_;
         double rest_[REST];
         int count_ = 0;
     };
@@ -87,7 +95,7 @@ class StepCosts {
     const Regime& regime(const Features& f, Int& size) const {
         if (graph_sizes.empty() || f.rows > graph_sizes.back()) return *eager;
         size = *std::lower_bound(graph_sizes.begin(), graph_sizes.end(), f.rows);
-        const std::optional<Regime>& captured = f.decode_only ? decode : size > sizes.long_to && longer ? longer : mixed;
+        const std::optional<Regime>& captured = f.decode_only ? decode : size > sizes.long_rows && longer ? longer : mixed;
         return captured ? *captured : *eager;
     }
 
@@ -120,8 +128,6 @@ class StepCosts {
         const Int prompt_rows = f.active_adapters ? f.rows - f.decodes : 0;
         return {f.prefill_keys, f.prefill_tail, f.requests, f.active_adapters, f.rank_sum, f.max_rank, f.lora_tiles,
                 f.row_rank, f.idle_slots, slot_tiles, wide_adapters, prompt_rows,
-                size > sizes.beside_from && size <= sizes.beside_to ? f.rank_sum : 0,
-                size > sizes.long_from && size <= sizes.long_to ? f.rank_sum : 0,
                 f.max_rank * f.rows, f.decodes > 0 && !f.decode_only ? 1 : 0};
     }
 
@@ -132,6 +138,15 @@ class StepCosts {
         total += *c++ * static_cast<double>(f.kv_tokens);
         total += *c++ * static_cast<double>(f.kv_tail + idle);
         for (Int term : rest_of(f, size, sizes)) total += *c++ * static_cast<double>(term);
+        return total + band_s(r, f, size);
+    }
+
+    // What adapters cost more in this band than in all.
+    double band_s(const Regime& r, const Features& f, Int size) const {
+        if (r.bands.empty() || !f.active_adapters) return 0.0;
+        const double* c = r.bands.data() + BAND * (std::lower_bound(bands.begin(), bands.end(), size) - bands.begin());
+        double total = 0.0;
+        for (Int term : {f.active_adapters, f.rank_sum, f.row_rank, f.max_rank * f.active_adapters}) total += *c++ * static_cast<double>(term);
         return total;
     }
 
