@@ -1,7 +1,7 @@
 """Heat: how hard a GPU worked just now, which its next steps take longer for.
 
 At its power limit a GPU lowers its clock, and some tens of milliseconds of lighter work or rest bring it back: on an H100 the same step
-takes up to a twentieth longer after long prompts than after decodes of few requests (docs/steps.md). `Heat.level` stands for the
+takes up to a tenth longer after long prompts than after decodes of few requests (docs/steps.md). `Heat.level` stands for the
 power drawn lately: the mean of (tokens a millisecond)², a moment counting the less the longer ago it is; up to `spare` of it the limit
 is not reached. Squares: of the powers tried, the one that explains most of what repeats of a step differ by (`backend/heat_fit.py`).
 """
@@ -12,7 +12,9 @@ import math
 from dataclasses import dataclass
 
 LASTING_TURNS = 8
-"""After so many repeats a step's seconds and its heat have settled on each other: what a turn changes is a hundredth of the turn before's."""
+"""After so many repeats a step's seconds and its heat have settled on each other: where heat makes steps a tenth longer, a turn changes a fifth
+of what the one before changed.
+"""
 
 
 def drive(tokens: int, device_s: float) -> float:

@@ -2,8 +2,8 @@
 
 FILE.txt is what `ncu --cache-control none --clock-control none --section SpeedOfLight --section WarpStateStats --section
 Occupancy -k "regex:shrink|expand|linear|nvjet" python -m benchmarks.sgmv --cell …` printed. Columns: the cell, its kernel, microseconds,
-per cent of the peak throughput of device memory, L2 cache and multiprocessors, per cent of warps resident, and what
-warps mostly waited for with its share of their time.
+per cent of the peak throughput of device memory, L2 cache and multiprocessors, per cent of warps resident, per cent of the time
+in which a multiprocessor had any (the rest are launch and end), and what warps mostly waited for with its share of their time.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def table(text: str) -> pd.DataFrame:
     rows = []
     for cell, (kernel, about) in zip(cells(lines), sections(lines), strict=True):
         values = {column: metric(about, name) for column, name in METRICS.items()}
+        values["active_pct"] = 100 * metric(about, "SM Active Cycles") / metric(about, "Elapsed Cycles")
         stall = STALL.search(" ".join(" ".join(about).split()))
         waits = {
             "waits_for": stall[1].removeprefix("a ") if stall else "",

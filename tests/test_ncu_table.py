@@ -17,7 +17,7 @@ def test_each_kernel_of_the_committed_profile_has_its_cell_and_metrics() -> None
     assert len(found) == profiled > 0
     assert found["cell"].str.fullmatch(r"\w+,\d+,\w+,\d+,\d+").all()
     assert (found["us"] > 0).all()
-    assert found[["dram_pct", "l2_pct", "sm_pct", "warps_pct"]].stack().between(0, 100).all()
+    assert found[["dram_pct", "l2_pct", "sm_pct", "warps_pct", "active_pct"]].stack().between(0, 100).all()
     of_o = found.loc[found["cell"] == "o,2048,seg1,1,16", "kernel"].tolist()
     assert of_o[0].startswith("nvjet")  # cuBLAS
     assert of_o[1:] == ["shrink_short_2", "expand_long"] * 2
