@@ -30,6 +30,10 @@ def load_curve(loads: pd.DataFrame, kind: str) -> LoadCurve:
     return LoadCurve(float(latency), 1e9 / max(float(per_byte), 1e-9), tuple(points))
 
 
+COMPOSITION = ("query_lens", "context_lens", "slots", "ranks")
+"""The columns of `composition`."""
+
+
 def composition(batch: StepBatch, slot_ranks: Mapping[int, int]) -> dict[str, list[int]]:
     """What a table of measured steps keeps of a batch: a list each over its requests; `ranks` is 0 without an adapter."""
     return {
@@ -42,7 +46,7 @@ def composition(batch: StepBatch, slot_ranks: Mapping[int, int]) -> dict[str, li
 
 def features_of(steps: pd.DataFrame) -> list[StepFeatures]:
     """The features of a table of measured steps."""
-    columns = (steps[name] for name in ("query_lens", "context_lens", "slots", "ranks"))
+    columns = (steps[name] for name in COMPOSITION)
     features = []
     fresh = steps["after_prompts"] if "after_prompts" in steps else [False] * len(steps)
     of_engine = steps["max_loras"] if "max_loras" in steps else [0] * len(steps)

@@ -19,7 +19,7 @@ from backend.compositions import Room, decode_grid, prefill_grid, random_steps
 from backend.contention import facts as contention_facts
 from backend.contention import measure_contention
 from backend.errors import BackendError
-from backend.fitting import accuracy, composition, features_of, load_curve, measured
+from backend.fitting import COMPOSITION, accuracy, composition, features_of, load_curve, measured
 from backend.gpu_watch import watching
 from backend.heat_fit import NO_HEAT, HeatFit, fit_heat
 from backend.live import GRAPH_SIZES, LiveBackend
@@ -162,7 +162,7 @@ def measure_profile(
         facts["contention"] = contention_facts(contention)
     facts |= {**watch.facts, "measuring_s": round(time.perf_counter() - started, 1)}
     profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, facts, heat)
-    write_profile(profile, steps, loads, out)
+    write_profile(profile, steps, loads, out, executed)
     rounds.remove()
     return profile
 
@@ -186,18 +186,23 @@ def refit_profile(kept: Path, out: Path) -> Profile:
     """
     if out.exists():
         raise BackendError(f"--out {out}: exists already; name a new folder")
-    gpu_bytes, graph_sizes, meta, heat = measured_facts(kept)
+    gpu_bytes, graph_sizes, meta = measured_facts(kept)
     if "limits" not in meta:
         raise BackendError(f"--refit {kept}: made from another engine's logs; make it again with --from-steps")
-    tables = [kept / f"{name}.parquet" for name in ("steps", "loads")]
+    # Before heat was fitted, the order of the steps was not kept.
+    tables = [kept / f"{name}.parquet" for name in ("steps", "loads", *(["rounds"] if "heat_explains" in meta else []))]
     for table in tables:
         if not table.is_file():
             raise BackendError(f"--refit {kept}: has no {table.name}")
-    steps, loads = (pd.read_parquet(table) for table in tables)
+    steps, loads, *rounds = (pd.read_parquet(table) for table in tables)
     if "query_lens" not in steps:
         raise BackendError(f"{tables[0]}: has no column query_lens; measured by an older version, measure it again")
-    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, meta, HeatFit(*heat))
-    write_profile(profile, steps, loads, out)
+    executed, heat = (rounds[0] if rounds else None), NO_HEAT
+    if executed is not None:
+        steps, heat = rested(steps[["kind", *COMPOSITION]], executed, graph_sizes)
+        meta = {**meta, "heat_explains": round(heat.explained, 3)}
+    profile = profile_from(out.name, gpu_bytes, graph_sizes, steps, loads, meta, heat)
+    write_profile(profile, steps, loads, out, executed)
     return profile
 
 

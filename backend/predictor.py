@@ -246,7 +246,7 @@ class Predictor:
             raise ValueError(
                 f"predictor.regimes has {', '.join(regimes.data)}, must have {REGIMES[-1]}, of {', '.join(REGIMES)}"
             )
-        heat = heat_curve(values)
+        heat = _heat_curve(values)
         return cls(tuple(map(int, sizes)), {name: _regime(regimes.table(name)) for name in regimes.data}, heat)
 
 
@@ -256,7 +256,7 @@ def _bands(values: Values) -> tuple[float, ...]:
     return values.numbers("bands", least=count) if given else ()
 
 
-def heat_curve(predictor: Values) -> HeatCurve:
+def _heat_curve(predictor: Values) -> HeatCurve:
     """What a predictor's file says of heat; those of before say nothing. Raises `ValueError` naming the key that is wrong."""
     if "heat" not in predictor.data:
         return UNKNOWN

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.errors import BackendError
-from backend.heat import HeatCurve
-from backend.predictor import Predictor, heat_curve
+from backend.predictor import Predictor
 from backend.profile_values import Values
 
 if TYPE_CHECKING:
@@ -108,6 +107,11 @@ def measured_loads(name_or_path: str) -> Path | None:
     return _table(name_or_path, "loads")
 
 
+def measured_rounds(name_or_path: str) -> Path | None:
+    """The Parquet file of a profile's steps in the order in which they were measured; None if it has none."""
+    return _table(name_or_path, "rounds")
+
+
 def measured_parts(name_or_path: str) -> Path | None:
     """The Parquet file of the parts of a step (`backend/parts.py`) measured beside a profile; None if it has none."""
     return _table(name_or_path, "parts")
@@ -169,30 +173,19 @@ def _accuracy(values: Values) -> dict[str, float]:
     }
 
 
-def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object], tuple[HeatCurve, dict[str, float]]]:
-    """What a profile folder of any format says of its measurement: GPU bytes, graph sizes, `Profile.meta`, and heat: its curve and each
-    regime's slope (none in those that know none).
-    """
+def measured_facts(folder: Path) -> tuple[int, list[int], dict[str, object]]:
+    """What a profile folder of any format says of its measurement: GPU bytes, graph sizes, and `Profile.meta`."""
     path = folder / "profile.json"
     if not path.is_file():
         raise BackendError(f"{folder}: has no profile.json")
     data = _parsed(path.read_text(), str(path))
     try:
         values = Values(data)
-        predictor = values.table("predictor")
-        sizes = predictor.numbers("graph_sizes", rising=True)
+        sizes = values.table("predictor").numbers("graph_sizes", rising=True)
         meta = {key: value for key, value in data.items() if key not in FITTED}
-        return values.whole("gpu_bytes", least=1), [int(size) for size in sizes], meta, _heat(predictor)
+        return values.whole("gpu_bytes", least=1), [int(size) for size in sizes], meta
     except ValueError as error:
         raise BackendError(f"{path}: not a profile: {error}; measure it again") from error
-
-
-def _heat(predictor: Values) -> tuple[HeatCurve, dict[str, float]]:
-    curve = heat_curve(predictor)
-    if not curve.tau_s:
-        return curve, {}
-    regimes = predictor.table("regimes")
-    return curve, {name: regimes.table(name).number("heat", least=0) for name in regimes.data}
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
@@ -205,8 +198,12 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-def write_profile(profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, out: Path) -> None:
-    """Write the profile's folder in one move, so that a broken-off one never looks whole."""
+def write_profile(
+    profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, out: Path, rounds: pd.DataFrame | None = None
+) -> None:
+    """Write the profile's folder in one move, so that a broken-off one never looks whole; `rounds`: the steps in the order in which they
+    were executed (`backend.rounds`), for those who know it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".profile-") as scratch:
         folder = Path(scratch) / "profile"
@@ -214,4 +211,6 @@ def write_profile(profile: Profile, steps: pd.DataFrame, loads: pd.DataFrame, ou
         profile.write(folder)
         steps.to_parquet(folder / "steps.parquet", index=False)
         loads.to_parquet(folder / "loads.parquet", index=False)
+        if rounds is not None:
+            rounds.to_parquet(folder / "rounds.parquet", index=False, compression="zstd")
         folder.rename(out)

@@ -15,10 +15,10 @@ from backend.errors import BackendError
 from backend.features import StepFeatures
 from backend.geometry import load_geometry
 from backend.heat import Heat, HeatCurve, drive
-from backend.heat_fit import NO_HEAT, HeatFit, fit_heat, levels
-from backend.measure import profile_from, rested
+from backend.heat_fit import NO_HEAT, fit_heat, levels
+from backend.measure import profile_from, refit_profile, rested
 from backend.predictor import BOUNDED, TERMS, Predictor, Regime
-from backend.profile import Profile, load_profile, measured_facts, write_profile
+from backend.profile import Profile, load_profile, write_profile
 from backend.profile_quality import behind_prompts, quality
 from backend.replay import ReplayBackend
 
@@ -163,20 +163,26 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(kind="grid")
 
 
-def test_a_measurement_keeps_rested_steps_and_a_refit_their_heat(tmp_path: Path) -> None:
-    planted = {"decode": 3e-5, "mixed": 6e-5}
+def test_a_measurement_keeps_rested_steps_and_a_refit_finds_their_heat_again(tmp_path: Path) -> None:
+    planted, sizes = {"decode": 3e-5, "mixed": 6e-5}, (1, 4, 16, 64, 256, 512, 1024)
+    compositions = pd.concat([table(), table().assign(kind="held_out")], ignore_index=True)
     ran = executed(CURVE, planted).assign(on_end=False)
-    steps, heat = rested(table(), ran, (1, 4, 16, 64, 256, 512, 1024))
-    assert steps["device_s"].to_numpy() == pytest.approx(COOL_S, rel=3e-3)
+    ran = pd.concat([ran, ran.assign(round=ran["round"] + 100, composition=ran["composition"] + len(TOKENS))])
+    ran = ran.reset_index(drop=True)
+    steps, heat = rested(compositions, ran, sizes)
+    assert steps["device_s"].to_numpy() == pytest.approx(COOL_S * 2, rel=3e-3)
     assert heat.slopes["mixed"] == pytest.approx(6e-5, rel=0.05)
-    steps = pd.concat([steps, steps.assign(kind="held_out")], ignore_index=True)
     loads = pd.DataFrame({"kind": ["stage", "load"], "rank": 8, "nbytes": [10, 10], "elapsed_s": 0.1})
-    facts = {"geometry": "llama-3.1-8b"}
-    profile = profile_from("made", 1 << 36, (1, 4, 16, 64, 256, 512, 1024), steps, loads, facts, heat)
-    write_profile(profile, steps, loads, tmp_path / "made")
+    facts = {"geometry": "llama-3.1-8b", "limits": {}, "heat_explains": round(heat.explained, 3)}
+    profile = profile_from("made", 1 << 36, sizes, steps, loads, facts, heat)
+    write_profile(profile, steps, loads, tmp_path / "made", ran)
     assert load_profile(str(tmp_path / "made")).predictor.regimes["mixed"].heat == heat.slopes["mixed"]
-    again = HeatFit(*measured_facts(tmp_path / "made")[3])
-    assert (again.curve, again.slopes["decode"]) == (heat.curve, heat.slopes["decode"])
+    again = refit_profile(tmp_path / "made", tmp_path / "again")
+    assert again.predictor == profile.predictor and again.meta == profile.meta
+    assert pd.read_parquet(tmp_path / "again" / "rounds.parquet").equals(ran)
+    (tmp_path / "again" / "rounds.parquet").unlink()
+    with pytest.raises(BackendError, match=r"has no rounds\.parquet"):
+        refit_profile(tmp_path / "again", tmp_path / "third")
 
 
 def test_each_round_begins_with_a_rested_gpu() -> None:

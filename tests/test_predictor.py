@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -120,6 +120,7 @@ def test_the_shipped_profiles_are_what_their_steps_fit(name: str, tmp_path: Path
     shipped = load_profile(name)
     assert made.accuracy == pytest.approx(shipped.accuracy, rel=1e-6)
     assert made.accuracy["steps"] == 300
+    assert astuple(made.predictor.heat) == pytest.approx(astuple(shipped.predictor.heat), rel=1e-6)
     assert made.accuracy["mape"] <= 0.03
     assert made.accuracy["p95"] <= 0.08
     steps = pd.read_parquet(measured_steps(name) or "")
