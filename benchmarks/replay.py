@@ -120,11 +120,15 @@ def start_up(folder: Path, runs: int = 5) -> float:
 
 
 def price(folder: Path) -> str:
-    """What the compiled loop costs: seconds to compile, KiB on disk, and milliseconds to import."""
+    """What the compiled loop costs: seconds to compile, KiB on disk, and milliseconds to import; or why it is not compiled: that needs pybind11
+    and setuptools, which pip fetches for a build and leaves nowhere.
+    """
     root = Path(__file__).parents[1]
     started = time.perf_counter()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    built = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if built.returncode:
+        return f"not compiled here: {(built.stderr.strip().splitlines() or ['no reason given'])[-1]}"
     compiled_s = time.perf_counter() - started
     size = sum(file.stat().st_size for file in (folder / "sim").glob("_native*"))
     code = "import time, numpy; t = time.perf_counter(); from sim import _native; print(time.perf_counter() - t)"
