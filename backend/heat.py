@@ -3,7 +3,8 @@
 At its power limit a GPU lowers its clock, and some tens of milliseconds of lighter work or rest bring it back: on an H100 the same step
 takes up to a tenth longer after long prompts than after decodes of few requests (docs/steps.md). `Heat.level` stands for the
 power drawn lately: the mean of (tokens a millisecond)², a moment counting the less the longer ago it is; up to `spare` of it the limit
-is not reached. Squares: of the powers tried, the one that explains most of what repeats of a step differ by (`backend/heat_fit.py`).
+is not reached. Squares: of the powers tried (1 to 4) those from 2 to 2.5 explain most of what repeats of a step differ by, all about as much
+(`backend/heat_fit.py`).
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(320, 513, 64), *range(640, 409
 that the longer ones, launched kernel by kernel, keep the GPU busy for much longer than the host takes to launch them."""
 
 HEATING_ROWS, REST_S = 256, 0.1
-"""Capturing a graph of at least so many rows runs its step twice, behind which an H100 at its power limit would take the step itself 4 % longer
-(`backend.heat`), as no engine that captures its graphs beforehand does; and after so many seconds it does not."""
+"""Capturing a graph of at least so many rows runs its step twice, behind which a GPU at its power limit would take longer for the step itself
+(`backend.heat`), as no engine that captures its graphs beforehand does; so it rests for so long, two of an H100's time constants."""
 
 MAX_GRAPHS = 512
 """Graphs kept; the least recently used one goes first."""

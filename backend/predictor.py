@@ -201,16 +201,19 @@ class Predictor:
 
         With `heat`: on a device of that heat, after `idle_s` without a step; it is left as the step leaves it.
         """
-        regime, device, launch, host = self.split(f)
-        device = max(device, launch) if regime.launch else device
+        regime, device, host = self._rested(f)
         if heat is not None:
             device = heat.step(device, regime.heat, f.rows, idle_s + host)
         return device, host, not regime.contains(f)
 
     def predict_lasting(self, f: StepFeatures) -> tuple[float, float, bool]:
         """The same of a step that follows on itself for good, as decodes do."""
-        device, host, outside = self.predict(f)
-        return self.heat.lasting_s(device, self.split(f)[0].heat, f.rows), host, outside
+        regime, device, host = self._rested(f)
+        return self.heat.lasting_s(device, regime.heat, f.rows), host, not regime.contains(f)
+
+    def _rested(self, f: StepFeatures) -> tuple[Regime, float, float]:
+        regime, device, launch, host = self.split(f)
+        return regime, max(device, launch) if regime.launch else device, host
 
     def new_heat(self) -> Heat | None:
         """The heat of a rested device; None where nothing is known of it."""
